@@ -1,0 +1,58 @@
+"""The model card of a pipeline folder: what the model is, where it comes from, how to use it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from genvision import __version__
+
+
+def write_card(path: Path, generator: Any, tokenizer: Any, sampler: Any, label_names: Sequence[str], provenance: dict[str, Any]) -> None:
+    """Write README.md with the Hub's metadata header.
+
+    Args:
+        provenance: facts that identify the model: data, hashes, steps, versions; shown as a table.
+    """
+    spec = tokenizer.spec
+    options = {name: value for name, value in dict(sampler.config).items() if not name.startswith("_")}
+    facts = {"genvision": __version__, **provenance}
+    rows = "\n".join(f"| {name.replace('_', ' ')} | `{_short(value)}` |" for name, value in facts.items())
+    classes = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
+    path.write_text(f"""---
+library_name: genvision
+pipeline_tag: unconditional-image-generation
+tags:
+- class-conditional-image-generation
+- {type(generator).__name__.lower()}
+---
+
+# {type(generator).__name__}, {generator.num_parameters_million:.1f}M parameters, {spec.image_size} x {spec.image_size} pixels
+
+A class-conditional image generator for {len(label_names)} classes ({classes}).
+Tokenizer: {type(tokenizer).__name__}, {spec.codebook_size} codes, one for {spec.downsample} x {spec.downsample} pixels.
+
+```python
+from genvision.pipeline import ImagePipeline
+
+pipe = ImagePipeline.from_pretrained("path/to/this/folder")
+images = pipe(class_labels=["{label_names[0]}"] * 4, seed=0).images
+```
+
+Default sampling protocol ({type(sampler).__name__}):
+
+```json
+{json.dumps(options, indent=2)}
+```
+
+## Where it comes from
+
+| | |
+|---|---|
+{rows}
+""")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return text.replace("|", "\\|")

@@ -1,0 +1,236 @@
+"""Dataclasses <-> YAML <-> command line, and errors that name file, key and the nearest right name.
+
+The only user of jsonargparse.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+import yaml
+from docstring_parser import parse as parse_docstring
+from docstring_parser import parse_from_object
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from genvision.errors import UserError
+
+if TYPE_CHECKING:
+    from genvision.training.config import TrainConfig
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+MODELS = {"llamagen": ("generator", "genvision.models.llamagen", "LlamaGen"), "vq": ("tokenizer", "genvision.tokenizers.vq", "VQTokenizer")}
+"""`model.name` in a training configuration: stage, module, class."""
+
+Command = Callable[..., None]
+
+
+def run_command(name: str, function: Command, argv: Sequence[str]) -> None:
+    """Parse `argv` for a sub-command and call it.
+
+    Positional-or-keyword parameters become positional arguments, keyword-only ones options (`on_bad_image` is
+    `--on-bad-image`); types and defaults come from the signature, help from the docstring.
+
+    Raises:
+        UserError: an argument is unknown, missing or of a wrong type.
+    """
+    parser = ArgumentParser(prog=f"genvision {name}", description=inspect.getdoc(function).split("\n\n")[0], exit_on_error=False)  # type: ignore[union-attr]
+    helps = {parameter.arg_name: parameter.description for parameter in parse_docstring(inspect.getdoc(function) or "").params}
+    types = get_type_hints(function)
+    for parameter in inspect.signature(function).parameters.values():
+        options: dict[str, Any] = {"help": helps.get(parameter.name)}
+        required = parameter.default is inspect.Parameter.empty
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            parser.add_argument(parameter.name, type=types[parameter.name], **options, **({} if required else {"nargs": "?", "default": parameter.default}))
+        elif types[parameter.name] is bool:
+            parser.add_argument(_option(parameter.name), action="store_true", **options)
+        else:
+            options |= {"required": True} if required else {"default": parameter.default}
+            parser.add_argument(_option(parameter.name), type=types[parameter.name], **options)
+    known = [string for action in parser._actions for string in action.option_strings]
+    try:
+        values = parser.parse_args(list(argv)).as_dict()
+    except (argparse.ArgumentError, ValueError) as error:
+        raise UserError(f"genvision {name}: {_explained(str(error), known)}") from error
+    function(**values)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
+    """The training configuration of a command line: `--config FILE`, then `--dotted.key value` over it.
+
+    Returns:
+        The configuration, and whether `--resume` was given.
+
+    Raises:
+        UserError: file, key and value are named.
+    """
+    argv = list(argv)
+    file, content = _read_config_file(argv)
+    in_file = dict(_flat(content))
+    on_line = {word.removeprefix("--").split("=")[0]: word for word in argv if word.startswith("--")}
+    model = _peek("model.name", argv, in_file)
+    if model not in MODELS:
+        where = f"{file}: " if file else ""
+        raise UserError(f"{where}model.name is {model!r}; one of {', '.join(MODELS)} is needed{_nearest(str(model), list(MODELS))}")
+    parser = _train_parser(*MODELS[str(model)])
+    known = sorted({action.dest for action in parser._actions} - {"help", "print_config", "config", "resume"})
+    for key in [*in_file, *on_line]:
+        if key not in known and key not in ("config", "resume", "help", "h", "print_config"):
+            raise UserError(f"{f'{file}: ' if key in in_file else ''}unknown key '{key}'{_nearest(key, known)}")
+    try:
+        values = parser.parse_args(argv).as_dict()
+        config = _train_config(values)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        message = _explained(str(error), known)
+        from_file = file and not any(message.startswith(key) for key in on_line)
+        raise UserError(f"{f'{file}: ' if from_file else ''}{message}") from error
+    return config, bool(values["resume"])
+
+
+def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
+    from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
+
+    parser = ArgumentParser(
+        prog="genvision train", description="Train a tokenizer or a generator. All keys may stand in the YAML file too.", exit_on_error=False
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; keys on the command line win over it")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    helps = attribute_docstrings(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in ("stage", "output_dir", "seed", "tokenizer"):
+            required = field.default is dataclasses.MISSING
+            options = {"required": True} if required else {"default": field.default}
+            kind = {"stage": Literal[stage]}.get(field.name, get_type_hints(TrainConfig)[field.name])
+            parser.add_argument(f"--{field.name}", type=kind, help=helps[field.name], **options)
+    parser.add_argument("--model.name", type=Literal[tuple(MODELS)], required=True, help="which model")
+    # the rest follows from the data (tokenizer stage) or from the tokenizer (generator stage)
+    skip = {"image_size"} if stage == "tokenizer" else {"codebook_size", "grid_size"}
+    parser.add_class_arguments(getattr(import_module(module), class_name), "model", skip=skip)
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(OptimConfig, "optim")
+    parser.add_class_arguments(LoopConfig, "train")
+    if stage == "tokenizer":
+        from genvision.training.tokenizer_stage import TokenizerLossConfig
+
+        parser.add_class_arguments(TokenizerLossConfig, "loss")
+    else:
+        from genvision.samplers.autoregressive import AutoregressiveSampler
+
+        parser.add_class_arguments(AutoregressiveSampler, "sampler")
+        parser.set_defaults({"model.num_classes": None})
+    return parser
+
+
+def _train_config(values: dict[str, Any]) -> "TrainConfig":
+    from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
+
+    return TrainConfig(
+        **{name: values[name] for name in ("stage", "output_dir", "seed", "tokenizer", "model")},
+        data=DataConfig(**values["data"]),
+        optim=OptimConfig(**values["optim"]),
+        train=LoopConfig(**values["train"]),
+        loss=values.get("loss") or {},
+        sampler=values.get("sampler") or {},
+    )
+
+
+def _read_config_file(argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """The file behind `--config`, looked up among the shipped recipes too (its place in `argv` is filled in), and its content."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        value = value if equals else argv[i + 1] if i + 1 < len(argv) else ""
+        path = recipe_path(value)
+        argv[i : i + (1 if equals else 2)] = ["--config", str(path)]
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds no keys; see configs/ for examples")
+        return value, content
+    return "", {}
+
+
+def recipe_path(name: str | Path) -> Path:
+    """A YAML file by path, or by its name within the shipped `configs/`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    import genvision
+
+    path = Path(name)
+    if path.is_file():
+        return path
+    inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    for root in genvision.__path__:
+        if (Path(root) / "configs" / inside).is_file():
+            return Path(root) / "configs" / inside
+    raise UserError(f"{name}: no such file, and no shipped recipe of that name; see configs/")
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a dataclass as YAML with every value resolved; it loads again to an equal one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """Dotted keys and plain values of a configuration, a dataclass or what YAML holds."""
+    return dict(_flat(_plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)))  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if not (key in ("loss", "sampler", "tokenizer") and not item)}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def attribute_docstrings(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass."""
+    return {p.arg_name: p.description or "" for p in parse_from_object(cls).params if p.args[0] == "attribute"}
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _peek(key: str, argv: Sequence[str], in_file: dict[str, Any]) -> Any:
+    """A value from the command line, or else from the file."""
+    for i, word in enumerate(argv):
+        if word.startswith(f"--{key}="):
+            return word.partition("=")[2]
+        if word == f"--{key}" and i + 1 < len(argv):
+            return argv[i + 1]
+    return in_file.get(key)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _explained(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's and argparse's messages in one plain line."""
+    message = " ".join(message.split())
+    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
+    message = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", message)
+    message = re.sub(r"Expected an? (.+?)\. Got value: (.*)$", r"expected \1, got '\2'", message)
+    unknown = re.match(r"unrecognized arguments?: (\S+)", message)
+    return message + _nearest(unknown[1], known) if unknown else message

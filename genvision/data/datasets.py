@@ -1,0 +1,399 @@
+"""Streams of batches: for training in an order that needs no replay, and every image once for measuring and encoding.
+
+Shapes: B images of one process, H = W = image size, V views of an image.
+"""
+
+import atexit
+import itertools
+import signal
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from genvision.data.order import local_batch_size, sample_indices, sample_positions, sample_rng, uniform_choice
+from genvision.data.sources import BadImageError, ImageSource, OnBadImage
+from genvision.data.transforms import CropConfig, ViewConfig, center_crop, random_crop
+from genvision.errors import UserError
+from genvision.images import from_uint8
+
+K = TypeVar("K")
+V = TypeVar("V")
+Batch = dict[str, Tensor]
+BadImages = dict[int, str]
+"""Index of an unreadable image to `name: reason`."""
+MAX_CACHE_BYTES = 64 << 20
+"""Sets whose centre crops fit in this are decoded once a process."""
+
+
+class TrainingData(Protocol):
+    """What `batches` reads from: images or codes."""
+
+    labels: np.ndarray
+    label_names: list[str]
+    bad_images: BadImages
+
+    def __len__(self) -> int: ...
+
+    def get_batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch: ...
+
+
+class ImageDataset:
+    """Images of a source as training tensors.
+
+    Args:
+        image_size: side of the tensors.
+        crop: `center` or `random`.
+        flip: mirror half of the images.
+        enlarge_range: see CropConfig.
+        seed: crop and flip of a sample depend on this and its position alone.
+        on_bad_image: `skip` puts the next readable image in the place of an unreadable one and notes it in `bad_images`.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        *,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = True,
+        enlarge_range: tuple[float, float] = (1.0, 1.25),
+        seed: int = 0,
+        on_bad_image: OnBadImage = "stop",
+    ) -> None:
+        self.source, self.image_size, self.seed, self.on_bad_image = source, image_size, seed, on_bad_image
+        self.crops = CropConfig(crop=crop, flip=flip, enlarge_range=enlarge_range)
+        self.labels, self.label_names = source.labels, source.label_names
+        self.bad_images: BadImages = {}
+        small = len(source) * image_size * image_size * 3 <= MAX_CACHE_BYTES
+        self._cached = _CropCache(len(source), image_size) if small and crop == "center" else None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def get(self, position: int, index: int) -> Batch:
+        """One sample: `images` float32 [3, H, W] in [-1, 1], `labels` and `positions` int64 []."""
+        return {key: value[0] for key, value in self.get_batch(np.array([position]), np.array([index])).items()}
+
+    def get_batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
+        """`images` float32 [B, 3, H, W] in [-1, 1], `labels` and `positions` int64 [B].
+
+        Raises:
+            BadImageError: an image cannot be decoded, and none may be skipped or none is left.
+        """
+        positions, indices = np.array(positions, dtype=np.int64), np.asarray(indices)
+        if self._cached is not None:
+            used, images = self._cached.take(indices, self._cropped)
+        else:
+            pairs = [self._cropped(index, position) for index, position in zip(indices.tolist(), positions.tolist(), strict=True)]
+            used, images = np.array([index for index, _ in pairs]), np.stack([image for _, image in pairs])
+        if self.crops.flip:
+            mirrored = uniform_choice(self.seed, positions, 2) == 1
+            images[mirrored] = images[mirrored, :, ::-1]
+        return {"images": from_uint8(images), "labels": torch.from_numpy(self.labels[used]), "positions": torch.from_numpy(positions)}
+
+    def plain(self, index: int) -> Tensor:
+        """The centre crop of one image, never mirrored: float32 [3, H, W] in [-1, 1]."""
+        _, image = self._readable(index)
+        return from_uint8(np.asarray(center_crop(image, self.image_size))[None])[0]
+
+    def _cropped(self, index: int, position: int = 0) -> tuple[int, np.ndarray]:
+        """The image at `index` or the next readable one: its own index, and uint8 [H, W, 3]."""
+        index, image = self._readable(index)
+        if self.crops.crop == "center":
+            return index, np.asarray(center_crop(image, self.image_size))
+        rng = sample_rng(self.seed, position)
+        return index, np.asarray(random_crop(image, self.image_size, rng, enlarge_range=self.crops.enlarge_range))
+
+    def _readable(self, index: int) -> tuple[int, Any]:
+        for tried in range(len(self)):
+            candidate = (index + tried) % len(self)
+            try:
+                return candidate, self.source.load(candidate)
+            except BadImageError as error:
+                if self.on_bad_image == "stop":
+                    raise
+                self.bad_images[candidate] = f"{error.name}: {error.reason}"
+        raise UserError(f"{self.source.spec}: not one of its {len(self)} images can be read; check the files")
+
+
+class _CropCache:
+    """Crops that do not depend on the position, kept after their first use: small sets are decoded once."""
+
+    def __init__(self, num: int, size: int) -> None:
+        self.num, self.size = num, size
+        self.images: np.ndarray | None = None
+
+    def take(self, indices: np.ndarray, crop: Callable[[int], tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """(own indices [B], uint8 [B, H, W, 3])"""
+        if self.images is None:
+            self.images = np.zeros((self.num, self.size, self.size, 3), dtype=np.uint8)
+            self.used = np.full(self.num, -1, dtype=np.int64)
+        for index in np.unique(indices[self.used[indices] < 0]).tolist():
+            self.used[index], self.images[index] = crop(index)
+        return self.used[indices], self.images[indices]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num": self.num, "size": self.size, "images": None}
+
+
+class BatchStream:
+    """The batches of one process from `start_step` on. Every iteration begins there anew.
+
+    `bad_images` grows while images are skipped, whichever process decodes them.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainingData,
+        *,
+        seed: int,
+        start_step: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        end_step: int | None,
+    ) -> None:
+        local_batch_size(batch_size, world_size)  # complain now, not at the first batch
+        self.fetch = _FetchStep(dataset, seed, batch_size, rank, world_size)
+        self.start_step, self.end_step, self.num_workers = start_step, end_step, num_workers
+        self.bad_images: BadImages = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = itertools.count(self.start_step) if self.end_step is None else range(self.start_step, self.end_step)
+        for batch, bad in map_in_order(self.fetch, steps, self.num_workers):
+            self.bad_images |= bad
+            yield batch
+
+
+def batches(
+    dataset: TrainingData,
+    *,
+    seed: int,
+    start_step: int = 0,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    end_step: int | None = None,
+) -> BatchStream:
+    """Training batches of one process, without end unless `end_step` (not included) is given.
+
+    What comes at a step depends on (seed, step) alone: a stream from step k on equals the rest of one from step 0,
+    and all processes together give the same samples in the same order, whatever their number.
+
+    Args:
+        seed: of the order; crops and views have the seed of the data set.
+        batch_size: of all processes together.
+        num_workers: processes that decode; 0 decodes here.
+    """
+    return BatchStream(
+        dataset,
+        seed=seed,
+        start_step=start_step,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        end_step=end_step,
+    )
+
+
+class OrderedBatch(TypedDict):
+    """Images in the order of their indices, unreadable ones left out."""
+
+    images: np.ndarray
+    """uint8 [B, H, W, 3]; or [B, V, H, W, 3] where views were asked for."""
+    labels: np.ndarray
+    """int64 [B]"""
+    indices: np.ndarray
+    """int64 [B]"""
+
+
+class OrderedBatches:
+    """Every image of some chunks of indices once, one batch a chunk (an empty one if nothing in it can be read)."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        image_size: int,
+        chunks: list[np.ndarray],
+        *,
+        views: ViewConfig | None = None,
+        num_workers: int = 0,
+        on_bad_image: OnBadImage = "stop",
+    ) -> None:
+        self.fetch = _FetchChunk(source, image_size, views, on_bad_image)
+        self.chunks, self.num_workers = chunks, num_workers
+        self.bad_images: BadImages = {}
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[OrderedBatch]:
+        for images, labels, indices, bad in map_in_order(self.fetch, self.chunks, self.num_workers):
+            self.bad_images |= bad
+            yield {"images": images.numpy(), "labels": labels.numpy(), "indices": indices.numpy()}
+
+
+def ordered_batches(
+    source: ImageSource,
+    image_size: int,
+    *,
+    batch_size: int,
+    views: ViewConfig | None = None,
+    indices: np.ndarray | None = None,
+    num_workers: int = 0,
+    on_bad_image: OnBadImage = "stop",
+) -> OrderedBatches:
+    """Every image once, in the order of `indices` (all of the source if None), to encode or to measure.
+
+    Args:
+        views: crops and flips of every image; None gives ADM's centre crop without an axis of views.
+        on_bad_image: `skip` leaves an unreadable image out and notes it in `bad_images` of the result.
+    """
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices)
+    chunks = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    return OrderedBatches(source, image_size, chunks, views=views, num_workers=num_workers, on_bad_image=on_bad_image)
+
+
+def bad_images_summary(bad_images: Mapping[int, str]) -> str:
+    """What to print at the end of a job that skipped images: a heading and one line an image; nothing if there are none."""
+    if not bad_images:
+        return ""
+    heading = f"{len(bad_images)} unreadable image{'s were' if len(bad_images) > 1 else ' was'} skipped:"
+    return "\n".join([heading, *(f"  {bad_images[index]}" for index in sorted(bad_images))])
+
+
+class _FetchStep:
+    """step -> (batch, images newly found unreadable); runs in a worker."""
+
+    def __init__(self, dataset: TrainingData, seed: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def __call__(self, step: int) -> tuple[Batch, BadImages]:
+        positions = sample_positions(step, self.batch_size, self.rank, self.world_size)
+        batch = self.dataset.get_batch(positions, sample_indices(self.seed, positions, len(self.dataset)))
+        bad = dict(self.dataset.bad_images)
+        self.dataset.bad_images.clear()
+        return batch, bad
+
+
+class _FetchChunk:
+    """indices -> (images, labels, indices, unreadable images); runs in a worker."""
+
+    def __init__(self, source: ImageSource, image_size: int, views: ViewConfig | None, on_bad_image: OnBadImage) -> None:
+        self.source, self.image_size, self.on_bad_image = source, image_size, on_bad_image
+        self.views = views
+
+    def __call__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor, BadImages]:
+        views = self.views or ViewConfig()
+        shape = (views.num_views, self.image_size, self.image_size, 3)
+        images = np.empty((len(indices), *shape), dtype=np.uint8)
+        kept: list[int] = []
+        bad: BadImages = {}
+        for index in indices.tolist():
+            try:
+                image = self.source.load(index)
+            except BadImageError as error:
+                if self.on_bad_image == "stop":
+                    raise
+                bad[index] = f"{error.name}: {error.reason}"
+                continue
+            images[len(kept)] = np.stack([np.asarray(view) for view in views.apply(image, self.image_size)])
+            kept.append(index)
+        images = images[: len(kept)] if self.views is not None else images[: len(kept), 0]
+        read = np.array(kept, dtype=np.int64)
+        return torch.from_numpy(images), torch.from_numpy(self.source.labels[read]), torch.from_numpy(read), bad
+
+
+def map_in_order(function: Callable[[K], V], keys: Iterable[K], num_workers: int) -> Generator[V, None, None]:
+    """function(key) for every key, in order, computed ahead by worker processes if `num_workers` is not 0.
+
+    A UserError in a worker is raised here as itself. No global random state is touched. Workers end with the generator.
+    """
+    if num_workers == 0:
+        yield from map(function, keys)
+        return
+    loader = DataLoader(
+        _Mapped(function),
+        batch_size=None,
+        sampler=keys,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
+    )
+    iterator = iter(loader)
+    end = _EndAtExit(iterator)
+    try:
+        while True:
+            try:
+                result = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):  # an exception of the function itself begins with "Caught"
+                    raise
+                raise UserError(
+                    f"a process that decodes images died ({' '.join(str(error).split())[:200]}); it may have run out of memory or of "
+                    "shared memory (/dev/shm): lower num_workers, or raise the limit"
+                ) from error
+            if isinstance(result, UserError):
+                raise result
+            yield result
+    finally:
+        end.cancel()
+        del iterator
+
+
+class _Mapped(Dataset[Any]):
+    """A function as a data set; a UserError travels back as a value, since the loader would wrap it in a traceback."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.function(key)
+        except UserError as error:
+            return error
+
+
+class _EndAtExit:
+    """Ends workers before the interpreter's own exit, which would wait for them in vain: they ignore SIGTERM."""
+
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = weakref.ref(iterator)
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        iterator = self.iterator()
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+    def cancel(self) -> None:
+        atexit.unregister(self.end)
+
+
+def _leave_signals_to_main(_: int) -> None:
+    """A signal to the whole group must reach the main process alone, which finishes its step and still needs its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_is(value: Any) -> Any:
+    return value

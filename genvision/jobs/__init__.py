@@ -1,0 +1,1 @@
+"""The work behind the sub-commands: parts of all stages put together. Stands above the stages, like `pipeline`."""

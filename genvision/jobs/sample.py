@@ -1,0 +1,271 @@
+"""`genvision sample`: a pipeline folder in, images out; resumable, and the same images from any number of processes.
+
+The images are drawn in chunks; process r of w draws chunks r, r + w, ... A folder receives PNG files; for a single file
+(.npz, .png) finished chunks wait in a folder beside it and are joined at the end.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from genvision.data.sources import open_image
+from genvision.data.transforms import center_crop
+from genvision.errors import UserError
+from genvision.images import Rounding, from_uint8, make_grid, save_npz, save_png
+from genvision.pipeline import ImagePipeline
+from genvision.progress import Progress
+from genvision.samplers.guidance import llamagen_stop
+from genvision.samplers.randomness import draw_labels
+from genvision.tokenizers.base import content_hash
+from genvision.training.state import write_atomically
+
+LabelLaw = Literal["balanced", "random"]
+GRID_COLUMNS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """Which images are wanted."""
+
+    num: int
+    """How many."""
+    classes: tuple[int, ...]
+    """Class indices to draw from."""
+    seed: int = 0
+    """Of the job; image i depends on (seed, i) alone."""
+    labels: LabelLaw = "balanced"
+    """`balanced` goes through the classes in turn; `random` draws each label from the image's own stream."""
+    rounding: Rounding = "trunc127.5"
+    """How floats become bytes."""
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise UserError(f"num must be at least 1, got {self.num}")
+        if self.labels not in get_args(LabelLaw):
+            raise UserError(f"labels '{self.labels}' is unknown; choose one of {', '.join(get_args(LabelLaw))}")
+
+    def labels_of(self, indices: Sequence[int]) -> Tensor:
+        """int64 [B]."""
+        if self.labels == "random":
+            return draw_labels(self.seed, indices, list(self.classes))
+        return torch.tensor([self.classes[i % len(self.classes)] for i in indices])
+
+
+def sample(
+    pipeline: ImagePipeline,
+    request: SampleRequest,
+    out: Path,
+    *,
+    batch_size: int = 32,
+    sampler_options: dict[str, Any] | None = None,
+    prefix: Tensor | None = None,
+) -> None:
+    """Draw the images and write them to `out`: a folder of PNG files, `*.npz` (ADM's layout) or `*.png` (one grid).
+
+    Args:
+        sampler_options: changes of the model's default protocol.
+        prefix: known first tokens [n] of every image.
+
+    Raises:
+        UserError: `out` holds another job's results.
+    """
+    state = PartialState()
+    pipeline = pipeline.to(state.device)
+    pipeline.sampler = pipeline.sampler.with_options(**(sampler_options or {}))
+    job = describe(pipeline, request, prefix)
+    writer = _open_writer(out, job, pipeline.label_names, request)
+    if state.is_main_process:
+        writer.prepare()
+    state.wait_for_everyone()
+    chunks = [range(start, min(start + batch_size, request.num)) for start in range(0, request.num, batch_size)]
+    mine = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not writer.has(chunk)]
+    progress = Progress(sum(map(len, mine)), "sampling", show=state.is_main_process)
+    for chunk in mine:
+        rows = prefix.expand(len(chunk), -1) if prefix is not None else None
+        output = pipeline(
+            request.labels_of(chunk), seed=request.seed, indices=chunk, prefix=rows, output_type="np", rounding=request.rounding
+        )
+        writer.write(chunk, output.images)
+        progress.advance(len(chunk))
+    progress.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        writer.finish(chunks)
+    state.wait_for_everyone()
+
+
+def sample_from_folder(
+    model: Path,
+    out: Path,
+    *,
+    classes: str = "all",
+    num: int = 16,
+    seed: int = 0,
+    labels: LabelLaw = "balanced",
+    rounding: Rounding = "trunc127.5",
+    sampler_options: dict[str, Any] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    cfg_interval: int | None = None,
+    complete: Path | None = None,
+    keep: float = 0.5,
+    batch_size: int = 32,
+    dtype: str = "float32",
+) -> None:
+    """`sample` with everything as the command line gives it.
+
+    Raises:
+        UserError: the folder is no model, a class is unknown, an option is impossible, or `out` is occupied.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    pipeline = ImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    if classes == "all":
+        chosen = list(range(len(pipeline.label_names)))
+    else:
+        chosen = pipeline.label_ids([name.strip() for name in classes.split(",")])
+    options = dict(sampler_options or {})
+    if guidance_interval is not None and cfg_interval is not None:
+        raise UserError("guidance-interval and cfg-interval say the same thing in two ways; give one of them")
+    if guidance_interval is not None:
+        options["guidance_start"], options["guidance_stop"] = guidance_interval
+    if cfg_interval is not None:
+        options["guidance_stop"] = llamagen_stop(cfg_interval, pipeline.generator.num_tokens)
+    request = SampleRequest(num=num, classes=tuple(chosen), seed=seed, labels=labels, rounding=rounding)
+    prefix = known_tokens(pipeline, complete, keep) if complete is not None else None
+    sample(pipeline, request, out, batch_size=batch_size, sampler_options=options, prefix=prefix)
+
+
+def describe(pipeline: ImagePipeline, request: SampleRequest, prefix: Tensor | None = None) -> dict[str, Any]:
+    """Everything that determines the images; two jobs with equal descriptions draw equal images."""
+    options = {name: value for name, value in dict(pipeline.sampler.config).items() if not name.startswith("_")}
+    return {
+        "num": request.num,
+        "classes": list(request.classes),
+        "labels": request.labels,
+        "seed": request.seed,
+        "rounding": request.rounding,
+        "sampler": {"name": type(pipeline.sampler).__name__, **options},
+        "generator_hash": content_hash(pipeline.generator),
+        "tokenizer_hash": content_hash(pipeline.tokenizer),
+        "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
+        "prefix": prefix.tolist() if prefix is not None else None,
+    }
+
+
+def known_tokens(pipeline: ImagePipeline, image_path: Path, keep: float) -> Tensor:
+    """Tokens of the upper part `keep` of an image, to complete it: int64 [n].
+
+    Raises:
+        UserError: the image cannot be read, or nothing would be kept or left.
+    """
+    if not 0 < keep < 1:
+        raise UserError(f"keep {keep} is not allowed; give the part of the image to keep, between 0 and 1")
+    spec = pipeline.tokenizer.spec
+    image = np.asarray(center_crop(open_image(image_path), spec.image_size))
+    codes = pipeline.tokenizer.encode(from_uint8(image[None]).to(pipeline.device))[0]  # [h, w]
+    rows = round(keep * codes.shape[0])
+    if not 0 < rows < codes.shape[0]:
+        raise UserError(f"keep {keep} keeps {rows} of {codes.shape[0]} rows of tokens; choose a part that leaves something to draw")
+    return codes[:rows].flatten()
+
+
+def _open_writer(out: Path, job: dict[str, Any], label_names: list[str], request: SampleRequest) -> "_FolderWriter | _FileWriter":
+    if out.suffix in (".npz", ".png"):
+        return _FileWriter(out, job, request, label_names)
+    if out.suffix:
+        raise UserError(f"{out}: '{out.suffix}' is no format for images; give a folder, *.npz or *.png")
+    return _FolderWriter(out, job, request, label_names)
+
+
+def _check_job(path: Path, job: dict[str, Any], out: Path, occupied: bool) -> None:
+    """Refuse to mix two jobs; `path` holds the description of the one that wrote `out`."""
+    if path.is_file():
+        try:
+            old = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            old = {}
+        changed = sorted(key for key in job.keys() | old.keys() if job.get(key) != old.get(key))
+        if changed:
+            raise UserError(f"{out}: already holds another job's results (it differs in {', '.join(changed)}); choose another --out")
+    elif occupied:
+        raise UserError(f"{out}: already holds something else; choose another --out")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(job, indent=2) + "\n")
+
+
+class _FolderWriter:
+    """`000000.png`, `000001.png`, ... with `labels.json` and `job.json`."""
+
+    def __init__(self, out: Path, job: dict[str, Any], request: SampleRequest, label_names: list[str]) -> None:
+        self.out, self.job, self.request, self.label_names = out, job, request, label_names
+
+    def prepare(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out}: is a file; give a folder, *.npz or *.png")
+        _check_job(self.out / "job.json", self.job, self.out, self.out.is_dir() and any(self.out.iterdir()))
+
+    def _path(self, index: int) -> Path:
+        return self.out / f"{index:06d}.png"
+
+    def has(self, chunk: range) -> bool:
+        return all(self._path(i).is_file() for i in chunk)
+
+    def write(self, chunk: range, images: np.ndarray) -> None:
+        for i, image in zip(chunk, images, strict=True):
+            save_png(image, self._path(i))
+
+    def finish(self, chunks: list[range]) -> None:
+        labels = self.request.labels_of(range(self.request.num)).tolist()
+        content = {"label_names": self.label_names, "labels": {self._path(i).name: label for i, label in enumerate(labels)}}
+        write_atomically(self.out / "labels.json", json.dumps(content) + "\n")
+
+
+class _FileWriter:
+    """One npz or one grid; its description stands beside it as `NAME.json`."""
+
+    def __init__(self, out: Path, job: dict[str, Any], request: SampleRequest, label_names: list[str]) -> None:
+        self.out, self.job, self.request, self.label_names = out, job, request, label_names
+        self.parts = out.with_name(out.name + ".parts")
+
+    def prepare(self) -> None:
+        _check_job(self.out.with_name(self.out.name + ".json"), self.job, self.out, self.out.exists())
+        self.parts.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, chunk: range) -> Path:
+        return self.parts / f"{chunk.start:06d}-{chunk.stop:06d}.npy"
+
+    def has(self, chunk: range) -> bool:
+        return self._path(chunk).is_file()
+
+    def write(self, chunk: range, images: np.ndarray) -> None:
+        part = self._path(chunk).with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, images)
+        part.replace(self._path(chunk))
+
+    def finish(self, chunks: list[range]) -> None:
+        images = np.concatenate([np.load(self._path(chunk), allow_pickle=False) for chunk in chunks])
+        labels = self.request.labels_of(range(self.request.num)).numpy()
+        if self.out.suffix == ".npz":
+            save_npz(self.out, images, labels)
+        else:
+            order, names, columns = self._grid_order(labels)
+            save_png(make_grid(images[order], columns, row_names=names), self.out)
+        shutil.rmtree(self.parts)
+
+    def _grid_order(self, labels: np.ndarray) -> tuple[np.ndarray, list[str] | None, int]:
+        """A class a row where all have equally many images; as they come otherwise."""
+        order = np.argsort(labels, kind="stable")
+        present, counts = np.unique(labels, return_counts=True)
+        if len(set(counts)) == 1 and counts[0] <= 2 * GRID_COLUMNS and len(present) > 1:
+            return order, [self.label_names[i] for i in present], int(counts[0])
+        return np.arange(len(labels)), None, min(GRID_COLUMNS, len(labels))

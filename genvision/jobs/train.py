@@ -1,0 +1,197 @@
+"""`genvision train`: from a configuration to a finished model folder, for both stages."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from genvision import __version__
+from genvision.config import save_config
+from genvision.data.datasets import BatchStream, ImageDataset, batches
+from genvision.data.encoded import EncodedDataset
+from genvision.data.sources import open_source
+from genvision.errors import UserError
+from genvision.images import make_grid, save_png, to_uint8
+from genvision.models.llamagen import LlamaGen
+from genvision.objectives.next_token import NextToken
+from genvision.pipeline import ImagePipeline, save_parts
+from genvision.samplers.autoregressive import AutoregressiveSampler
+from genvision.tokenizers.base import content_hash, load_tokenizer
+from genvision.tokenizers.vq import VQTokenizer
+from genvision.training import rng
+from genvision.training.config import TrainConfig
+from genvision.training.generator_stage import GeneratorStage
+from genvision.training.loop import train
+from genvision.training.tokenizer_stage import TokenizerLossConfig, TokenizerStage
+
+PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
+FREE_TO_CHANGE = {"num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every", "max_skipped_steps", "tracker", "num_workers"}
+"""Options that a resumed run may change: they do not change what the weights become, step by step."""
+
+
+def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
+    """Train; returns the finished model's folder, or None if the run was asked to stop before the end.
+
+    Raises:
+        UserError: the configuration, the data, the output folder or a checkpoint cannot be used.
+    """
+    from accelerate import Accelerator
+
+    output = Path(config.output_dir)
+    accelerator = Accelerator(mixed_precision=config.train.precision, log_with=config.train.tracker, project_dir=str(output))
+    job = _TokenizerJob(config) if config.stage == "tokenizer" else _GeneratorJob(config)
+    if accelerator.is_main_process:
+        _prepare_output(config, output, resume)
+    accelerator.wait_for_everyone()
+    if config.train.tracker:
+        accelerator.init_trackers("genvision", config={"config": yaml.safe_load((output / "config.yaml").read_text())})
+    streams: list[BatchStream] = []
+
+    def stream(start_step: int, rank: int, world_size: int) -> BatchStream:
+        streams.append(
+            batches(
+                job.dataset,
+                seed=config.seed,
+                start_step=start_step,
+                end_step=config.train.num_steps,
+                batch_size=config.train.batch_size,
+                rank=rank,
+                world_size=world_size,
+                num_workers=job.num_workers,
+            )
+        )
+        return streams[-1]
+
+    done = train(config, accelerator, job.stage, stream, resume=resume, preview=partial(job.preview, output / "previews"))
+    accelerator.end_training()
+    if not done:
+        return None
+    if accelerator.is_main_process:
+        part = output / "model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        job.export(part, {"data": config.data.spec, "steps": config.train.num_steps, "seed": config.seed, "torch": torch.__version__})
+        shutil.rmtree(output / "model", ignore_errors=True)
+        os.replace(part, output / "model")
+    accelerator.wait_for_everyone()
+    return output / "model"
+
+
+def _prepare_output(config: TrainConfig, output: Path, resume: bool) -> None:
+    saved = output / "config.yaml"
+    if output.exists() and any(output.iterdir()):
+        if not resume:
+            raise UserError(f"{output}: already holds another run's results; choose another output_dir, or go on with that run by --resume")
+        if not saved.is_file():
+            raise UserError(f"{output}: is not a run of genvision train (config.yaml is missing); choose another output_dir")
+        _check_same(saved, config)
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, saved)
+
+
+def _check_same(saved: Path, config: TrainConfig) -> None:
+    from genvision.config import flat_values
+
+    old, new = flat_values(yaml.safe_load(saved.read_text())), flat_values(config)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and key.split(".")[-1] not in FREE_TO_CHANGE:
+            raise UserError(
+                f"{saved}: the run was started with {key} {old.get(key)}, now it is {new.get(key)}; give the old value to resume, "
+                "or choose another output_dir"
+            )
+
+
+class _TokenizerJob:
+    """Images in, a tokenizer folder out."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        data = config.data
+        if data.spec.startswith("encoded:"):
+            raise UserError(f"data.spec {data.spec}: a tokenizer is trained on images; give digits, folder:, parquet: or npz:")
+        if data.image_size is None:
+            raise UserError("data.image_size is missing; a tokenizer needs the side of its training images")
+        options = {name: value for name, value in config.model.items() if name != "name"}
+        with rng.seeded(config.seed):
+            self.model = VQTokenizer(image_size=data.image_size, **options)
+        self.model.check_image_size(data.image_size)
+        self.dataset = _image_dataset(config, data.image_size)
+        self.num_workers = data.num_workers
+        loop = config.train
+        self.stage = TokenizerStage(
+            self.model,
+            TokenizerLossConfig(**config.loss),
+            seed=config.seed,
+            num_steps=loop.num_steps,
+            steps_per_pass=-(-len(self.dataset) // loop.batch_size),
+        )
+
+    def preview(self, folder: Path, step: int) -> None:
+        """Originals in one row, what comes back below."""
+        indices = np.linspace(0, len(self.dataset) - 1, PREVIEW_COLUMNS).astype(int)
+        images = torch.stack([self.dataset.plain(int(i)) for i in indices]).to(self.model.device)
+        pairs = np.concatenate([to_uint8(images), to_uint8(self.model.decode(self.model.encode(images)))])
+        save_png(make_grid(pairs, PREVIEW_COLUMNS, row_names=["image", "decoded"]), folder / f"step_{step:08d}.png")
+
+    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
+        save_parts(folder, {"tokenizer": self.model})
+
+
+class _GeneratorJob:
+    """Codes and labels in, a pipeline folder out."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        if config.tokenizer is None:
+            raise UserError("tokenizer is missing; give the folder of the tokenizer, for example --tokenizer runs/vq/model")
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        data = config.data
+        self.dataset: Any
+        if data.spec.startswith("encoded:"):
+            self.dataset = EncodedDataset(data.spec.removeprefix("encoded:"), expected_tokenizer_hash=content_hash(self.tokenizer))
+            code_shape = tuple(self.dataset.code_shape)
+            self.num_workers = 0  # memory-mapped codes need no decoding
+        else:
+            size = data.image_size or self.tokenizer.spec.image_size
+            self.tokenizer.check_image_size(size)
+            self.dataset = _image_dataset(config, size)
+            code_shape = (size // self.tokenizer.spec.downsample,) * 2
+            self.num_workers = data.num_workers
+        if len(code_shape) != 2 or code_shape[0] != code_shape[1]:
+            raise UserError(f"{data.spec}: codes of shape {code_shape} are no square grid, which llamagen needs")
+        options = {name: value for name, value in config.model.items() if name != "name"}
+        names = list(self.dataset.label_names)
+        num_classes = options.pop("num_classes", None) or len(names)
+        highest = int(self.dataset.labels.max())
+        if highest >= num_classes:
+            raise UserError(f"{data.spec}: has label {highest}, but model.num_classes is {num_classes}; it must be at least {highest + 1}")
+        self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
+        codebook_size = self.tokenizer.spec.codebook_size
+        with rng.seeded(config.seed):
+            self.model = LlamaGen(codebook_size=codebook_size, grid_size=code_shape[0], num_classes=num_classes, **options)
+        self.sampler = AutoregressiveSampler(**config.sampler)
+        if self.sampler.guidance.scale != 1 and not self.model.has_null_label:
+            raise UserError("sampler.guidance_scale needs a null class, but model.class_dropout is 0; raise it, or set guidance_scale to 1")
+        self.stage = GeneratorStage(self.model, NextToken(codebook_size), self.tokenizer)
+
+    def preview(self, folder: Path, step: int) -> None:
+        """Some images of some classes, a class a row; the same numbers at every step."""
+        classes = np.linspace(0, len(self.label_names) - 1, min(PREVIEW_ROWS, len(self.label_names))).astype(int)
+        pipeline = self.pipeline()
+        pipeline.tokenizer.to(self.model.device)
+        images = pipeline(np.repeat(classes, PREVIEW_COLUMNS).tolist(), output_type="np").images
+        names = [self.label_names[i] for i in classes]
+        save_png(make_grid(images, PREVIEW_COLUMNS, row_names=names), folder / f"step_{step:08d}.png")
+
+    def pipeline(self) -> ImagePipeline:
+        return ImagePipeline(self.model, self.tokenizer, self.sampler, self.label_names)
+
+    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
+        self.pipeline().save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance, "genvision": __version__})
+
+
+def _image_dataset(config: TrainConfig, image_size: int) -> ImageDataset:
+    data = config.data
+    return ImageDataset(open_source(data.spec), image_size, crop=data.crop, flip=data.flip, seed=config.seed, on_bad_image=data.on_bad_image)

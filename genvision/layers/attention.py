@@ -1,0 +1,72 @@
+"""Multi-head attention over `kernels.attention`, with rotary positions, grouped keys and a static cache.
+
+Shapes: B rows, N new positions, M positions in the cache, H query heads, G key heads, D head size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from genvision.kernels.attention import attention
+from genvision.layers.rotary import rotate
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once at the exact length of the sequence.
+
+    Args:
+        depth: number of layers.
+        rows: B.
+        num_heads: G.
+        length: positions that will ever be stored.
+        head_dim: D.
+    """
+
+    def __init__(self, depth: int, rows: int, num_heads: int, length: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.empty(depth, rows, num_heads, length, head_dim, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.filled = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, G, N, D] behind what is there; returns all keys and values so far, [B, G, M + N, D]."""
+        end = self.filled + keys.shape[2]
+        self.keys[layer, :, :, self.filled : end] = keys
+        self.values[layer, :, :, self.filled : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def first_rows(self, rows: int) -> "KVCache":
+        """The same memory, seen through its first rows."""
+        part = object.__new__(KVCache)
+        part.keys, part.values, part.filled = self.keys[:, :rows], self.values[:, :rows], self.filled
+        return part
+
+    def joined(self, other: "KVCache") -> "KVCache":
+        """A new cache with the rows of both; both must be filled equally far."""
+        assert self.filled == other.filled
+        both = object.__new__(KVCache)
+        both.keys, both.values = torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1)
+        both.filled = self.filled
+        return both
+
+
+class Attention(nn.Module):
+    """Self-attention without biases; one fused projection ordered [queries | keys | values]."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, attention_dropout: float = 0.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x [B, N, C] at the positions of rotary [N, D / 2, 2]; causal unless a mask [B, 1, N, M + N] is given."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2G, N, D]
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = attention(
+            q, k, v, mask=mask, is_causal=mask is None and q.shape[2] > 1, dropout=self.attention_dropout if self.training else 0.0
+        )  # [B, H, N, D]
+        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))

@@ -1,0 +1,207 @@
+"""Autoregressive transformer over image tokens (LlamaGen, arXiv:2406.06525 section 3.2): Llama's blocks, 2-D rotary positions.
+
+Shapes: B images, N = grid^2 tokens in raster order, P prefix positions (1 for a class, the text length for text), C width,
+V codebook entries.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from genvision.errors import UserError
+from genvision.layers.attention import Attention, KVCache
+from genvision.layers.embed import LabelEmbedding, TextEmbedding
+from genvision.layers.mlp import SwiGLU, swiglu_hidden_dim
+from genvision.layers.norm import RMSNorm
+from genvision.layers.rotary import rotary_table_2d
+from genvision.models.base import Generator
+
+
+class LlamaGen(Generator, ModelMixin, ConfigMixin):
+    """Predicts image tokens one after another from a class label or text features.
+
+    Args:
+        codebook_size: V.
+        grid_size: tokens of a side; N is its square.
+        hidden_dim: C.
+        depth: number of blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; None means as many as query heads.
+        num_classes: classes; the null label is this number.
+        class_dropout: probability of dropping the condition in training; 0 leaves out the null class.
+        condition: `class` or `text`.
+        text_length: P for text.
+        text_dim: channels of the text features.
+        mlp_multiple_of: the feed-forward width is rounded up to a multiple of this.
+        mlp_multiplier: further factor of that width.
+        rope_base: of the rotary frequencies.
+        norm_eps: of every RMSNorm.
+        token_dropout: element dropout on the embedded sequence.
+        attention_dropout: on attention weights.
+        residual_dropout: behind the attention's output projection.
+        mlp_dropout: behind the feed-forward block.
+        drop_path: stochastic depth, rising linearly to this rate; replaces residual and feed-forward dropout.
+        init_std: of every linear layer and embedding; the head starts at zero, so the first loss is ln V.
+    """
+
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        codebook_size: int = 16384,
+        grid_size: int = 16,
+        hidden_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        num_kv_heads: int | None = None,
+        num_classes: int = 1000,
+        class_dropout: float = 0.1,
+        condition: str = "class",
+        text_length: int = 120,
+        text_dim: int = 2048,
+        mlp_multiple_of: int = 256,
+        mlp_multiplier: float | None = None,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+        token_dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        residual_dropout: float = 0.1,
+        mlp_dropout: float = 0.1,
+        drop_path: float = 0.0,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if hidden_dim % num_heads or num_heads % num_kv_heads or (hidden_dim // num_heads) % 4:
+            raise UserError(
+                f"hidden_dim {hidden_dim} must be num_heads {num_heads} times a multiple of 4, and num_kv_heads {num_kv_heads} must divide num_heads"
+            )
+        if condition not in ("class", "text"):
+            raise UserError(f"condition '{condition}' is unknown; choose class or text")
+        self.num_classes, self.has_null_label = num_classes, class_dropout > 0
+        self.grid_size, self.num_tokens = grid_size, grid_size**2
+        self.num_kv_heads, self.head_dim = num_kv_heads, hidden_dim // num_heads
+        self.prefix_length = 1 if condition == "class" else text_length
+
+        self.condition_embed: LabelEmbedding | TextEmbedding
+        if condition == "class":
+            self.condition_embed = LabelEmbedding(num_classes, hidden_dim, class_dropout)
+        else:
+            self.condition_embed = TextEmbedding(text_length, text_dim, hidden_dim, class_dropout)
+        self.token_embed = nn.Embedding(codebook_size, hidden_dim)
+        self.embed_dropout = nn.Dropout(token_dropout)
+        mlp_dim = swiglu_hidden_dim(hidden_dim, multiple_of=mlp_multiple_of, multiplier=mlp_multiplier)
+        if drop_path > 0:
+            residual_dropout = mlp_dropout = 0.0
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(hidden_dim, num_heads, num_kv_heads, attention_dropout=attention_dropout, dropout=residual_dropout),
+                SwiGLU(hidden_dim, mlp_dim, mlp_dropout),
+                RMSNorm(hidden_dim, norm_eps),
+                RMSNorm(hidden_dim, norm_eps),
+                drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.norm = RMSNorm(hidden_dim, norm_eps)
+        self.head = nn.Linear(hidden_dim, codebook_size, bias=False)
+        # not a buffer: it stays float32 whatever the weights are cast to, and is no part of a checkpoint
+        self.rotary = rotary_table_2d(grid_size, self.head_dim, base=rope_base, prefix_length=self.prefix_length)
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=init_std)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+        """Logits of the next token after every given one, all in parallel.
+
+        Args:
+            codes: the first n < N tokens, int64 [B, n]; n may be 0.
+            condition: labels int64 [B], or text features [B, P, F], left-padded.
+            condition_mask: [B, P], true where text is no padding.
+            drop: boolean [B], whose condition is replaced by the null one; None draws it in training.
+
+        Returns:
+            float32 [B, n + 1, V]; position i is the prediction of token i.
+        """
+        x = self.embed_dropout(torch.cat([self.condition_embed(condition, drop), self.token_embed(codes)], dim=1))  # [B, P + n, C]
+        rotary, mask = self.rotary[: x.shape[1]], self._prefix_mask(condition_mask, x.shape[1])
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, rotary, mask)
+            else:
+                x = block(x, rotary, mask)
+        return self.head(self.norm(x[:, self.prefix_length - 1 :])).float()
+
+    # Cached generation: `start` once, then `extend` by one token a call.
+
+    def start(
+        self, condition: Tensor, condition_mask: Tensor | None = None, drop: Tensor | None = None, codes: Tensor | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """Read the condition and any known first tokens into a new cache.
+
+        Args:
+            condition, condition_mask, drop: as in `forward`.
+            codes: known first tokens, int64 [B, n].
+
+        Returns:
+            Logits of the next token, float32 [B, V], and the cache.
+        """
+        x = self.condition_embed(condition, drop)
+        if codes is not None:
+            x = torch.cat([x, self.token_embed(codes)], dim=1)
+        length = self.prefix_length + self.num_tokens - 1  # the last token is never read
+        cache = KVCache(len(self.blocks), x.shape[0], self.num_kv_heads, length, self.head_dim, dtype=x.dtype, device=x.device)
+        return self._read(x, cache, self._prefix_mask(condition_mask, x.shape[1])), cache
+
+    def extend(self, codes: Tensor, cache: KVCache, condition_mask: Tensor | None = None) -> Tensor:
+        """Read one more token of each row, int64 [B]; returns logits of the next, float32 [B, V]."""
+        mask = self._prefix_mask(condition_mask, cache.filled + 1)
+        return self._read(self.token_embed(codes).unsqueeze(1), cache, mask if mask is None else mask[:, :, -1:])
+
+    def _read(self, x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+        end = cache.filled + x.shape[1]
+        rotary = self.rotary[cache.filled : end]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, mask, cache, layer)
+        cache.filled = end
+        return self.head(self.norm(x[:, -1])).float()
+
+    def _prefix_mask(self, condition_mask: Tensor | None, length: int) -> Tensor | None:
+        """Causal, padding hidden, and every position sees at least itself: [B, 1, length, length]."""
+        if condition_mask is None:
+            return None
+        visible = F.pad(condition_mask.bool(), (0, length - condition_mask.shape[1]), value=True)
+        causal = torch.ones(length, length, dtype=torch.bool, device=visible.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=visible.device)
+        return ((causal & visible[:, None]) | itself).unsqueeze(1)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self.rotary = self.rotary.to(self.head.weight.device)
+        return self
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x), each dropped as a whole with probability `drop_path` in training."""
+
+    def __init__(self, attention: Attention, mlp: SwiGLU, norm1: RMSNorm, norm2: RMSNorm, drop_path: float) -> None:
+        super().__init__()
+        self.norm1, self.attention = norm1, attention
+        self.norm2, self.mlp = norm2, mlp
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self._thin(self.attention(self.norm1(x), rotary, mask, cache, layer))
+        return x + self._thin(self.mlp(self.norm2(x)))
+
+    def _thin(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
+        return branch * keep / (1 - self.drop_path)

@@ -1,0 +1,199 @@
+"""Tokenizer, generator and sampler as one object: labels in, images out. And the folder it is kept in.
+
+The folder is laid out as diffusers lays out a pipeline: `model_index.json`, `generator/`, `tokenizer/`, `sampler/config.json`
+and a `README.md`; every component also loads on its own with its class's `from_pretrained(folder, subfolder=...)`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genvision import __version__
+from genvision.card import write_card
+from genvision.errors import UserError
+from genvision.images import Rounding, to_uint8
+from genvision.models.base import GENERATORS
+from genvision.samplers.base import SAMPLERS, Sampler
+from genvision.samplers.randomness import ImageStreams
+from genvision.tokenizers.base import content_hash, load_component, load_tokenizer
+from genvision.training.state import write_atomically
+
+INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class ImageOutput:
+    """`images`: PIL images, uint8 [B, H, W, 3] or float [B, 3, H, W], as asked. `codes`: int64 [B, h, w]."""
+
+    images: Any
+    codes: Tensor
+
+
+class ImagePipeline:
+    """Class-conditional generation.
+
+    Args:
+        generator: predicts codes.
+        tokenizer: turns codes into images.
+        sampler: draws codes; its options are the default protocol.
+        label_names: a name for each class.
+    """
+
+    def __init__(self, generator: Any, tokenizer: Any, sampler: Sampler, label_names: Sequence[str]) -> None:
+        self.generator, self.tokenizer, self.sampler = generator.eval(), tokenizer.eval(), sampler
+        self.label_names = list(label_names)
+        if len(self.label_names) != generator.num_classes:
+            raise UserError(f"{len(self.label_names)} label names were given for a model of {generator.num_classes} classes")
+        wanted, made = generator.config.codebook_size, tokenizer.spec.codebook_size
+        if wanted != made:
+            raise UserError(f"the generator predicts {wanted} codes, the tokenizer has {made}; use the tokenizer that it was trained with")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, torch_dtype: torch.dtype | None = None) -> "ImagePipeline":
+        """Load a pipeline folder.
+
+        Args:
+            torch_dtype: of the generator; the tokenizer stays float32.
+
+        Raises:
+            UserError: the folder is not one, or incomplete or damaged.
+        """
+        folder = Path(path)
+        index = read_index(folder)
+        for part in ("generator", "tokenizer", "sampler"):
+            if not (folder / part).is_dir():
+                raise UserError(f"{folder}: the {part} is missing; add it, for example with genvision import ... --out {folder}")
+        generator = load_component(folder / "generator", GENERATORS, "generator")
+        if torch_dtype is not None:
+            generator = generator.to(torch_dtype)
+        sampler = load_component(folder / "sampler", SAMPLERS, "sampler")
+        names = index.get("id2label") or {str(i): str(i) for i in range(generator.num_classes)}
+        return cls(generator, load_tokenizer(folder / "tokenizer"), sampler, [names[str(i)] for i in range(len(names))])
+
+    def save_pretrained(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
+        """Write the pipeline folder; `provenance` goes into the model card."""
+        folder = Path(path)
+        save_parts(folder, {"generator": self.generator, "tokenizer": self.tokenizer, "sampler": self.sampler}, self.label_names)
+        facts = {"tokenizer_hash": content_hash(self.tokenizer), **(provenance or {})}
+        write_card(folder / "README.md", self.generator, self.tokenizer, self.sampler, self.label_names, facts)
+
+    def to(self, device: str | torch.device) -> "ImagePipeline":
+        """Move the networks."""
+        self.generator.to(device)
+        self.tokenizer.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.generator.parameters()).device
+        return device
+
+    def label_ids(self, names: Sequence[str | int]) -> list[int]:
+        """Class indices of names or indices.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        return [self._label_id(name) for name in names]
+
+    def _label_id(self, name: str | int) -> int:
+        if str(name) in self.label_names:
+            return self.label_names.index(str(name))
+        try:
+            label = int(name)
+        except ValueError:
+            raise UserError(f"class '{name}' is unknown; give a name or an index 0 .. {len(self.label_names) - 1}") from None
+        if not 0 <= label < len(self.label_names):
+            raise UserError(f"class {label} is out of range; the model has classes 0 .. {len(self.label_names) - 1}")
+        return label
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        *,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        prefix: Tensor | None = None,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        rounding: Rounding = "trunc127.5",
+        **sampler_options: Any,
+    ) -> ImageOutput:
+        """Draw one image for each label.
+
+        Args:
+            class_labels: indices or names.
+            guidance_scale: 1 is off; None takes the model's own default, as do all other options left out.
+            num_inference_steps: for samplers that have steps; an autoregressive one draws every token once.
+            generator: its initial seed is taken as `seed`, as a convenience for callers used to diffusers.
+            seed: of the job.
+            indices: number of each image within the job, 0, 1, ... unless told; an image depends on (seed, number) alone.
+            prefix: known first tokens [B, n], to complete images.
+            output_type: `pil`, `np` (uint8 [B, H, W, 3]) or `pt` (float [B, 3, H, W] in [-1, 1]).
+            rounding: how floats become bytes.
+            sampler_options: of the sampler: temperature, top_k, top_p, guidance_schedule, ...
+        """
+        if isinstance(class_labels, str | int):
+            class_labels = [class_labels]
+        labels = class_labels if isinstance(class_labels, Tensor) else torch.tensor(self.label_ids(class_labels))
+        if generator is not None:
+            seed = generator.initial_seed()
+        options = {"guidance_scale": guidance_scale, **sampler_options}
+        if num_inference_steps is not None:
+            options["num_steps"] = num_inference_steps
+        noise = ImageStreams(seed, range(len(labels)) if indices is None else indices)
+        codes = self.sampler.with_options(**options).sample(self.generator, labels.to(self.device), noise, prefix=prefix)
+        images = self.tokenizer.decode(codes)
+        if output_type == "pt":
+            return ImageOutput(images.float().clamp(-1, 1), codes)
+        array = to_uint8(images, rounding)
+        return ImageOutput(array if output_type == "np" else _pil_images(array), codes)
+
+
+def _pil_images(array: np.ndarray) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(image) for image in array]
+
+
+def save_parts(folder: Path, parts: dict[str, Any], label_names: Sequence[str] | None = None) -> None:
+    """Write components of a pipeline folder and enter them in its index; others that are there stay.
+
+    Args:
+        parts: `generator`, `tokenizer` or `sampler` to the object.
+        label_names: a name for each class.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index = read_index(folder) if (folder / INDEX).is_file() else {"_class_name": "ImagePipeline", "_genvision_version": __version__}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__, type(part).__name__]
+    if label_names is not None:
+        index["id2label"] = {str(i): name for i, name in enumerate(label_names)}
+    write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Contents of model_index.json.
+
+    Raises:
+        UserError: there is no such folder or file, or it is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a model folder written by genvision train, demo or import")
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no model here ({INDEX} is missing); give a folder written by genvision train, demo or import") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / INDEX}: damaged ({error}); write the model again") from error
+    return index

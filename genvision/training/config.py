@@ -1,0 +1,112 @@
+"""The options of a training run: data, optimiser, loop. Model options are the model's own constructor arguments."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from genvision.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    spec: str
+    """Where it comes from: digits, folder:PATH, parquet:GLOB, npz:FILE, or encoded:DIR for a generator."""
+    image_size: int | None = None
+    """Side of the training images in pixels; an encoded data set has its own."""
+    crop: Literal["center", "random"] = "center"
+    """How images are brought to that size: ADM's centre crop, or a random crop after a resize by 1.0 to 1.25."""
+    flip: bool = True
+    """Mirror half of the images; an encoded data set has its flips inside."""
+    num_workers: int = 2
+    """Processes that decode images; 0 decodes in the training process."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What an unreadable image does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate over time, and clipping."""
+
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.05
+    """Applied to tensors of two or more dimensions."""
+    warmup_steps: int = 0
+    """Steps of linear rise."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    final_lr_ratio: float = 0.0
+    """Part of `lr` that cosine decay ends at."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm; null leaves them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Steps, batches, precision, and what is written when."""
+
+    num_steps: int
+    """Optimiser steps."""
+    batch_size: int = 256
+    """Samples an optimiser step, over all processes and accumulation."""
+    accumulation: int = 1
+    """Parts in which each process handles its share of the batch."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of forward and backward passes; weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """Averages of the weights that are kept; the first is what the saved model holds. Empty: the plain weights."""
+    log_every: int = 100
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints; one more is written at the end."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    preview_every: int = 5000
+    """Steps between preview pictures; 0 makes none."""
+    max_skipped_steps: int = 100
+    """Steps with a loss or gradient that is not finite (these change nothing) after which the run stops."""
+    tracker: str | None = None
+    """Any tracker Accelerate knows (tensorboard, wandb, trackio); metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for decay in self.ema_decays:
+            if not 0 < decay < 1:
+                raise UserError(f"train.ema_decays must lie between 0 and 1, got {decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run."""
+
+    stage: Literal["tokenizer", "generator"]
+    """What is trained."""
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, previews and the finished model."""
+    seed: int = 0
+    """Of initial weights, data order and dropout."""
+    model: dict[str, Any]
+    """`name` of the model and its constructor arguments."""
+    data: DataConfig
+    """What is trained on."""
+    optim: OptimConfig
+    """Optimiser."""
+    train: LoopConfig
+    """Loop."""
+    tokenizer: str | None = None
+    """Generator stage: folder of the tokenizer that makes its codes."""
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Options of the stage's objective."""
+    sampler: dict[str, Any] = field(default_factory=dict)
+    """Generator stage: default protocol of the sampler, used for previews and saved with the model."""

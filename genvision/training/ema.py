@@ -1,0 +1,52 @@
+"""Exponential moving averages of a model's weights, several decays at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averages of every floating-point tensor of a model's state; other tensors are copied, buffers included.
+
+    Args:
+        model: the source; read at construction and at every `update`.
+        decays: one average each; average <- decay * average + (1 - decay) * weights.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
+        self.model, self.decays = model, decays
+        self.averages = {decay: {name: tensor.detach().clone() for name, tensor in model.state_dict().items()} for decay in decays}
+        self._trained = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        source = self.model.state_dict()
+        names = [name for name in source if name in self._trained]
+        for decay, average in self.averages.items():
+            torch._foreach_lerp_([average[name] for name in names], [source[name] for name in names], 1 - decay)
+            for name in source.keys() - self._trained:
+                average[name].copy_(source[name])
+
+    @contextmanager
+    def applied(self, decay: float | None = None) -> Iterator[None]:
+        """Within the block the model holds an average (the first decay's unless told) instead of its own weights."""
+        if not self.decays:
+            yield
+            return
+        own = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.averages[self.decays[0] if decay is None else decay])
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    def state_dict(self, decay: float) -> dict[str, Tensor]:
+        return self.averages[decay]
+
+    @torch.no_grad()
+    def load_state_dict(self, decay: float, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.averages[decay].items():
+            tensor.copy_(state[name])

@@ -1,0 +1,265 @@
+"""One training loop for every stage, on Accelerate: steps, accumulation, clipping, averages, checkpoints, stop and resume.
+
+A run killed at any moment and resumed ends with bit-identical weights on the same hardware: data order, augmentation and
+learning rate are functions of the step, everything else is in the checkpoint.
+"""
+
+import signal
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from genvision import __version__
+from genvision.errors import UserError
+from genvision.training import rng
+from genvision.training.config import TrainConfig
+from genvision.training.ema import EMA
+from genvision.training.log import MetricLog
+from genvision.training.optim import learning_rate, make_optimizer
+from genvision.training.state import CheckpointFolder, save_tensors
+
+Batch = dict[str, Tensor]
+
+
+class Stage(Protocol):
+    """What differs between training a tokenizer and training a generator."""
+
+    model: nn.Module
+    baselines: dict[str, float]
+    """Values to read terms against: the `loss` of guessing, say."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Named terms; `loss` is what is minimised. `model` is the wrapped form of `self.model`."""
+
+    def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
+        """Called when `step` steps are done, before averages are taken; returns values to log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs beyond model and optimiser: tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stream(Protocol):
+    """Batches of this process from a step on."""
+
+    def __call__(self, start_step: int, rank: int, world_size: int) -> Iterable[Batch]: ...
+
+
+def train(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    stage: Stage,
+    stream: Stream,
+    *,
+    resume: bool = False,
+    preview: Callable[[int], None] | None = None,
+) -> bool:
+    """Run, or go on with, the training that `config` describes; leaves `stage.model` holding the first average.
+
+    Args:
+        accelerator: made with the precision of `config.train`.
+        stream: gives this process its part of every global batch.
+        resume: start from the newest checkpoint in the run's folder, if there is one.
+        preview: called on the main process every `preview_every` steps while the model holds its averaged weights.
+
+    Returns:
+        Whether all steps are done; False after SIGTERM or SIGINT, with a checkpoint written.
+
+    Raises:
+        UserError: a checkpoint is damaged, or too many steps were not finite.
+    """
+    run = _Run(config, accelerator, stage)
+    if resume:
+        run.restore_newest()
+    done = run.steps(stream, preview)
+    if done:
+        average = run.ema.averages.get(config.train.ema_decays[0]) if config.train.ema_decays else None
+        if average is not None:
+            stage.model.load_state_dict(average)
+    return done
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, stage: Stage) -> None:
+        self.config, self.accelerator, self.stage = config, accelerator, stage
+        loop = config.train
+        share = accelerator.num_processes * loop.accumulation
+        if loop.batch_size % share:
+            raise UserError(
+                f"train.batch_size {loop.batch_size} does not divide into {accelerator.num_processes} processes x "
+                f"{loop.accumulation} parts; choose a multiple of {share}"
+            )
+        self.output = Path(config.output_dir)
+        self.checkpoints = CheckpointFolder(self.output / "checkpoints", loop.keep_checkpoints)
+        if loop.gradient_checkpointing:
+            stage.model.enable_gradient_checkpointing()  # type: ignore[operator]
+        optimizer = make_optimizer(stage.model, config.optim)
+        stage.model.train()
+        stage.model.to(accelerator.device)
+        if loop.compile:
+            stage.model.compile()
+        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.ema = EMA(stage.model, loop.ema_decays)
+        self.step = self.skipped = 0
+        rng.start(config.seed, 0, accelerator.process_index)
+
+    def steps(self, stream: Stream, preview: Callable[[int], None] | None) -> bool:
+        loop, accelerator = self.config.train, self.accelerator
+        log = MetricLog(
+            self.output / "metrics.jsonl",
+            accelerator,
+            start_step=self.step,
+            num_steps=loop.num_steps,
+            baselines=self.stage.baselines,
+            every=loop.log_every,
+        )
+        batches = iter(stream(self.step, accelerator.process_index, accelerator.num_processes))
+        with _Interrupt() as interrupt:
+            while self.step < loop.num_steps:
+                extra = self._one_step(next(batches), log)
+                self.step += 1
+                extra |= self.stage.after_step(self.step, accelerator)
+                self.ema.update()
+                log.step_done(self.step, extra)
+                last = self.step == loop.num_steps
+                stop = self._agree(interrupt.asked) if accelerator.num_processes > 1 else interrupt.asked
+                if self.step % loop.checkpoint_every == 0 or last or stop:
+                    self.save()
+                if preview is not None and loop.preview_every and (self.step % loop.preview_every == 0 or last):
+                    self._preview(preview)
+                if stop and not last:
+                    log.close()
+                    return False
+        log.close()
+        return True
+
+    def _one_step(self, batch: Batch, log: MetricLog) -> dict[str, float]:
+        loop, optim, accelerator = self.config.train, self.config.optim, self.accelerator
+        lr = learning_rate(optim, self.step, loop.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        parts = [dict(zip(batch, values, strict=True)) for values in zip(*(v.chunk(loop.accumulation) for v in batch.values()), strict=True)]
+        totals: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            part = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in part.items()}
+            last = i == len(parts) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    terms = self.stage.loss(self.model, part)
+                accelerator.backward(terms["loss"] / len(parts))
+            for name, value in terms.items():
+                totals[name] = totals.get(name, torch.zeros((), device=accelerator.device)) + value.detach() / len(parts)
+        extra = {"lr": lr}
+        finite = bool(torch.isfinite(totals["loss"]))
+        if optim.max_grad_norm is not None:
+            # a DDP gradient is the same everywhere, so the norm is, and so every process skips the same steps
+            norm = float(accelerator.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm))
+            extra["grad_norm"] = norm
+            finite = finite and norm < float("inf")
+        if accelerator.num_processes > 1:
+            finite = not self._agree(not finite)
+        if finite or accelerator.scaler is not None:  # fp16's gradient scaler finds infinities itself and must see every step
+            self.optimizer.step()
+        if finite and not accelerator.optimizer_step_was_skipped:
+            log.add(totals, loop.batch_size)
+        else:
+            self._skip()
+        self.optimizer.zero_grad(set_to_none=True)
+        return extra | {"skipped_steps": float(self.skipped)}
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        if self.skipped > self.config.train.max_skipped_steps:
+            steps = self.checkpoints.steps()
+            kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was written yet"
+            raise UserError(
+                f"step {self.step}: loss or gradient was not finite in {self.skipped} steps, so the run stops ({kept}); "
+                "lower optim.lr, set optim.max_grad_norm, or use train.precision no"
+            )
+
+    def _agree(self, mine: bool) -> bool:
+        """Whether it is true in any process."""
+        flag = torch.tensor(float(mine), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _preview(self, preview: Callable[[int], None]) -> None:
+        if self.accelerator.is_main_process:
+            self.stage.model.eval()
+            with self.ema.applied(), torch.inference_mode():
+                preview(self.step)
+            self.stage.model.train()
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            part = self.checkpoints.begin(self.step)
+            save_tensors(part / "model.safetensors", self.stage.model.state_dict())
+            for decay in self.ema.decays:
+                save_tensors(part / f"ema_{decay}.safetensors", self.ema.state_dict(decay))
+            torch.save(self.optimizer.optimizer.state_dict(), part / "optimizer.pt")
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+            torch.save({"stage": self.stage.state_dict(), "scaler": scaler}, part / "stage.pt")
+        accelerator.wait_for_everyone()
+        part = self.checkpoints.part(self.step)
+        torch.save(rng.state(), part / f"rng_{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            facts = {
+                "format": 1,
+                "step": self.step,
+                "num_samples": self.step * self.config.train.batch_size,
+                "skipped_steps": self.skipped,
+                "num_processes": accelerator.num_processes,
+                "genvision": __version__,
+                "torch": torch.__version__,
+            }
+            self.checkpoints.finish(part, facts)
+        accelerator.wait_for_everyone()
+
+    def restore_newest(self) -> None:
+        steps = self.checkpoints.steps()
+        if not steps:
+            return
+        step = steps[-1]
+        facts = self.checkpoints.read(step)
+        self.stage.model.load_state_dict(self.checkpoints.load_tensors(step, "model.safetensors"))
+        for decay in self.ema.decays:
+            self.ema.load_state_dict(decay, self.checkpoints.load_tensors(step, f"ema_{decay}.safetensors"))
+        self.optimizer.optimizer.load_state_dict(self.checkpoints.load_object(step, "optimizer.pt"))
+        rest = self.checkpoints.load_object(step, "stage.pt")
+        self.stage.load_state_dict(rest["stage"])
+        if self.accelerator.scaler is not None and rest["scaler"]:
+            self.accelerator.scaler.load_state_dict(rest["scaler"])
+        rank = self.accelerator.process_index
+        if rank < facts["num_processes"]:
+            rng.restore(self.checkpoints.load_object(step, f"rng_{rank}.pt"))
+        else:
+            rng.start(self.config.seed, step, rank)
+        self.step, self.skipped = step, facts["skipped_steps"]
+
+
+class _Interrupt:
+    """Notes SIGTERM and the first SIGINT, so that the loop can end between two steps; a second SIGINT acts as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "_Interrupt":
+        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,52 @@
+"""What every sampler answers to: a generator, conditions and per-image noise in, codes out."""
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+from diffusers.configuration_utils import ConfigMixin
+from torch import Tensor
+
+from genvision.errors import UserError
+from genvision.samplers.randomness import ImageStreams
+
+SAMPLERS: dict[str, str] = {"AutoregressiveSampler": "genvision.samplers.autoregressive"}
+"""Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
+
+Self = TypeVar("Self", bound="Sampler")
+
+
+class Sampler(ABC, ConfigMixin):
+    """Options are constructor arguments, saved in `sampler/config.json` as the model's default protocol."""
+
+    config_name = "config.json"
+
+    @abstractmethod
+    def sample(
+        self,
+        generator: Any,
+        condition: Tensor,
+        noise: ImageStreams,
+        *,
+        condition_mask: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Draw codes [B, h, w] for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only."""
+
+    def with_options(self: Self, **options: Any) -> Self:
+        """The same sampler with some options changed; those given as None stay."""
+        ours = {name: value for name, value in dict(self.config).items() if not name.startswith("_")}
+        for name, value in options.items():
+            if name not in ours:
+                raise UserError(f"{type(self).__name__} has no option '{name}'; it has {', '.join(sorted(ours))}")
+            if value is not None:
+                ours[name] = value
+        return type(self)(**ours)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raises UserError for a class index outside 0 .. num_classes - 1."""
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise UserError(f"class {int(wrong[0])} is out of range; the model has classes 0 .. {num_classes - 1}")
+
+

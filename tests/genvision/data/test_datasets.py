@@ -1,0 +1,275 @@
+"""Batch streams: the same tensors wherever they start, however many processes make them."""
+
+import gc
+import itertools
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from genvision.data.datasets import ImageDataset, bad_images_summary, batches, map_in_order, ordered_batches
+from genvision.data.order import sample_indices, sample_positions
+from genvision.data.sources import BadImageError, open_source
+from genvision.data.transforms import ViewConfig, center_crop
+from genvision.errors import UserError
+
+NUM = 10
+
+
+@pytest.fixture
+def source(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(NUM):
+        path = tmp_path / "set" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (14, 12, 3), dtype=np.uint8)).save(path)
+    return open_source(f"folder:{tmp_path / 'set'}")
+
+
+def damage(source, index):
+    path = Path(source.name(index))
+    path.write_bytes(path.read_bytes()[:80])
+
+
+def random_crops(source, **options):
+    return ImageDataset(source, 8, crop="random", flip=True, seed=5, **options)
+
+
+def take(stream, num):
+    iterator = iter(stream)
+    result = list(itertools.islice(iterator, num))
+    iterator.close()
+    return result
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+
+
+def test_batches_have_the_promised_shapes_and_range(source):
+    [batch] = take(batches(random_crops(source), seed=1, batch_size=4), 1)
+    assert batch["images"].shape == (4, 3, 8, 8)
+    assert batch["images"].dtype == torch.float32
+    assert batch["images"].min() >= -1
+    assert batch["images"].max() <= 1
+    assert batch["labels"].dtype == batch["positions"].dtype == torch.int64
+    assert batch["positions"].tolist() == [0, 1, 2, 3]
+    indices = sample_indices(1, np.arange(4), NUM)
+    assert batch["labels"].tolist() == source.labels[indices].tolist()
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_starting_later_gives_the_same_tensors(source, crop, num_workers):
+    data = ImageDataset(source, 8, crop=crop, seed=5)
+    whole = take(batches(data, seed=1, batch_size=4), 7)
+    rest = take(batches(data, seed=1, batch_size=4, start_step=4, num_workers=num_workers), 3)
+    assert_same(rest, whole[4:])
+
+
+def test_all_processes_together_see_what_one_sees(source):
+    data = random_crops(source)
+    whole = take(batches(data, seed=1, batch_size=6), 4)
+    for world_size in (2, 3):
+        parts = [take(batches(data, seed=1, batch_size=6, rank=rank, world_size=world_size), 4) for rank in range(world_size)]
+        together = [{key: torch.cat([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)]
+        assert_same(together, whole)
+
+
+def test_workers_give_what_the_process_itself_gives(source):
+    stream = batches(random_crops(source), seed=1, batch_size=4, end_step=5, num_workers=2)
+    here = batches(random_crops(source), seed=1, batch_size=4, end_step=5)
+    assert_same(list(stream), list(here))
+    assert_same(list(stream), list(here))  # and again from the start
+
+
+def test_every_image_comes_once_an_epoch(source):
+    data = ImageDataset(source, 14, crop="center", flip=False)
+    images = torch.cat([batch["images"] for batch in batches(data, seed=1, batch_size=5, end_step=4)])
+    for epoch in images.split(NUM):
+        assert len(epoch.flatten(1).unique(dim=0)) == NUM
+
+
+def test_flips_are_of_half_the_images_and_belong_to_the_position(source):
+    plain, mirrored = (ImageDataset(source, 8, flip=flip, seed=2) for flip in (False, True))
+    positions, indices = np.arange(200), np.zeros(200, dtype=int)
+    a, b = (data.get_batch(positions, indices)["images"] for data in (plain, mirrored))
+    is_flipped = (a != b).flatten(1).any(1)
+    assert 70 < is_flipped.sum() < 130
+    assert torch.equal(b[is_flipped], a[is_flipped].flip(-1))
+    assert torch.equal(mirrored.get(17, 0)["images"], b[17])
+    assert torch.equal(plain.plain(0), a[0])
+
+
+def test_random_crops_change_from_epoch_to_epoch_and_with_the_seed(source):
+    data, other = random_crops(source), ImageDataset(source, 8, crop="random", seed=6)
+    views = torch.stack([data.get(position, 3)["images"] for position in range(5)] + [other.get(0, 3)["images"]])
+    assert len(views.flatten(1).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_random_states_are_left_alone(source, num_workers):
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
+    take(batches(random_crops(source), seed=1, batch_size=4, num_workers=num_workers), 3)
+    list(ordered_batches(source, 8, batch_size=4, num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    np.testing.assert_array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_image_stops_with_its_name_alone(source, num_workers):
+    damage(source, 4)
+    with pytest.raises(BadImageError) as caught:
+        list(batches(random_crops(source), seed=1, batch_size=5, end_step=2, num_workers=num_workers))
+    assert source.name(4) in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_images_are_replaced_by_the_next_and_reported(source, crop, num_workers):
+    damage(source, 4)
+    damage(source, 5)
+    data = ImageDataset(source, 8, crop=crop, seed=5, on_bad_image="skip")
+    stream = batches(data, seed=1, batch_size=5, end_step=4, num_workers=num_workers)
+    result = list(stream)
+    assert sorted(stream.bad_images) == [4, 5]
+    assert source.name(5) in stream.bad_images[5]
+    indices = sample_indices(1, np.arange(20), NUM)
+    indices[(indices == 4) | (indices == 5)] = 6
+    assert torch.cat([batch["labels"] for batch in result]).tolist() == source.labels[indices].tolist()
+    clean = take(batches(ImageDataset(source, 8, crop=crop, seed=5, on_bad_image="skip"), seed=1, batch_size=5), 4)
+    assert_same(result, clean)
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(source):
+    for index in range(NUM):
+        damage(source, index)
+    with pytest.raises(UserError, match="not one of its 10 images"):
+        take(batches(random_crops(source, on_bad_image="skip"), seed=1, batch_size=2), 1)
+
+
+def test_wrong_batch_sizes_are_refused_at_once(source):
+    with pytest.raises(UserError, match="multiple of 4"):
+        batches(random_crops(source), seed=0, batch_size=6, world_size=4)
+
+
+def test_datasets_travel_to_other_processes(source):
+    for crop in ("center", "random"):
+        data = ImageDataset(source, 8, crop=crop, seed=5)
+        positions = sample_positions(0, 4)
+        before = data.get_batch(positions, positions)
+        assert_same([pickle.loads(pickle.dumps(data)).get_batch(positions, positions)], [before])
+
+
+def test_digits_stream_from_memory():
+    data = ImageDataset(open_source("digits"), 16, flip=False)
+    [first, second] = take(batches(data, seed=0, batch_size=64), 2)
+    assert first["images"].shape == (64, 3, 16, 16)
+    assert not torch.equal(first["images"], second["images"])
+    again = data.get_batch(first["positions"].numpy(), sample_indices(0, first["positions"].numpy(), 1797))
+    assert_same([again], [first])
+
+
+class TestOrdered:
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_every_image_once_in_order(self, source, num_workers):
+        parts = list(ordered_batches(source, 8, batch_size=4, num_workers=num_workers))
+        assert [len(part["images"]) for part in parts] == [4, 4, 2]
+        assert np.concatenate([part["indices"] for part in parts]).tolist() == list(range(NUM))
+        np.testing.assert_array_equal(np.concatenate([part["labels"] for part in parts]), source.labels)
+        images = np.concatenate([part["images"] for part in parts])
+        assert images.dtype == np.uint8
+        for index in range(NUM):
+            np.testing.assert_array_equal(images[index], np.asarray(center_crop(source.load(index), 8)))
+
+    def test_chosen_indices_and_views(self, source):
+        [part] = ordered_batches(source, 8, batch_size=4, indices=np.array([7, 2]), views=ViewConfig(flip=True))
+        assert part["indices"].tolist() == [7, 2]
+        assert part["images"].shape == (2, 2, 8, 8, 3)
+        np.testing.assert_array_equal(part["images"][:, 1], part["images"][:, 0, :, ::-1])
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_bad_images_are_left_out_and_listed(self, source, num_workers):
+        for index in (3, 8, 9):
+            damage(source, index)
+        stream = ordered_batches(source, 8, batch_size=4, num_workers=num_workers, on_bad_image="skip")
+        assert np.concatenate([part["indices"] for part in stream]).tolist() == [0, 1, 2, 4, 5, 6, 7]
+        summary = bad_images_summary(stream.bad_images).splitlines()
+        assert summary[0] == "3 unreadable images were skipped:"
+        assert [source.name(index) in line for index, line in zip((3, 8, 9), summary[1:], strict=True)] == [True] * 3
+        with pytest.raises(BadImageError):
+            list(ordered_batches(source, 8, batch_size=4, num_workers=num_workers))
+
+    def test_nothing_skipped_needs_no_summary(self):
+        assert bad_images_summary({}) == ""
+        assert bad_images_summary({2: "a.png: empty"}).splitlines() == ["1 unreadable image was skipped:", "  a.png: empty"]
+
+
+class TestWorkers:
+    def test_dropping_the_iterator_ends_them(self, source):
+        iterator = iter(batches(random_crops(source), seed=1, batch_size=4, num_workers=2))
+        next(iterator)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        del iterator
+        gc.collect()
+        assert not any(worker.is_alive() for worker in workers)
+        assert not multiprocessing.active_children()
+
+    def test_a_signal_to_the_group_leaves_them_at_work(self, source):
+        iterator = iter(batches(random_crops(source), seed=1, batch_size=4, num_workers=2))
+        first = next(iterator)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+        time.sleep(0.1)
+        rest = list(itertools.islice(iterator, 10))
+        iterator.close()
+        assert_same([first, *rest], take(batches(random_crops(source), seed=1, batch_size=4), 11))
+
+    def test_a_killed_one_is_reported_in_one_line(self, source):
+        iterator = iter(batches(random_crops(source), seed=1, batch_size=4, num_workers=1))
+        next(iterator)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="lower num_workers") as caught:
+            for _ in range(20):
+                next(iterator)
+                time.sleep(0.05)
+        assert "\n" not in str(caught.value)
+
+    def test_a_bug_keeps_its_traceback(self):
+        with pytest.raises(ZeroDivisionError, match="Traceback"):
+            list(map_in_order(_divide, [1, 0], 1))
+
+    def test_the_interpreter_ends_while_a_stream_is_open(self):
+        code = (
+            "from genvision.data.datasets import map_in_order\n"
+            "import itertools\n"
+            "stream = map_in_order(abs, itertools.count(), 2)\n"
+            "print(next(stream))\n"
+            "import builtins; builtins.kept = stream\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (0, "0\n")
+        assert "Traceback" not in done.stderr
+
+
+def _divide(value):
+    return 1 / value
