@@ -27,6 +27,8 @@ NUM_EPOCHS = 30
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 20
+DROPOUT = 0.3
+LABEL_SMOOTHING = 0.02
 
 
 class DigitsNetwork(nn.Module):
@@ -99,13 +101,15 @@ def train_digits_classifier(half: Half) -> DigitsNetwork:
         for epoch in range(NUM_EPOCHS):
             order = torch.randperm(len(gray), generator=generator)
             shown, wanted = jitter(gray[order], generator), labels[order]
+            # nn.Dropout and its kind draw from the global state only
+            kept = (torch.rand(len(gray), network.head.in_features, generator=generator) >= DROPOUT).float() / (1 - DROPOUT)
             for i in range(steps_per_epoch):
                 step = epoch * steps_per_epoch + i
                 warmup = min(1.0, (step + 1) / WARMUP_STEPS)
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
                 batch = slice(i * BATCH_SIZE, (i + 1) * BATCH_SIZE)
-                logits = network.head(network.trunk(shown[batch]))
-                loss = F.cross_entropy(logits, wanted[batch], label_smoothing=0.1)
+                logits = network.head(network.trunk(shown[batch]) * kept[batch])
+                loss = F.cross_entropy(logits, wanted[batch], label_smoothing=LABEL_SMOOTHING)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

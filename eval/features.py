@@ -119,16 +119,21 @@ def load_extractor(name: str, options: ExtractorOptions | None = None) -> Extrac
     """Build the extractor called `name`.
 
     Raises:
-        UserError: the name is unknown, or the weights are missing or damaged.
+        UserError: the name is unknown, the weights are missing or damaged, or the device is not there.
     """
     if name not in EXTRACTORS:
         raise UserError(f"extractor '{name}' is unknown; choose one of {', '.join(sorted(EXTRACTORS))}")
-    return EXTRACTORS[name](options or ExtractorOptions())
+    options = options or ExtractorOptions()
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{options.device}' cannot be used ({' '.join(str(error).split())[:120]}); try --device cpu") from error
+    return EXTRACTORS[name](options)
 
 
 def as_pixels(images: np.ndarray | Tensor) -> Tensor:
     """uint8 [B, H, W, 3], numpy or torch -> uint8 [B, 3, H, W]; refuses every other type and layout."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
+    tensor = torch.from_numpy(np.require(images, requirements=["C", "W"])) if isinstance(images, np.ndarray) else images
     if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[-1] != 3:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"images to be scored must be uint8 [B, H, W, 3], got {kind} {list(tensor.shape)}; convert them with to_uint8")

@@ -143,7 +143,7 @@ def ssim(a: np.ndarray, b: np.ndarray, data_range: float = 1.0) -> np.ndarray:
         raise UserError(
             f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, got {a.shape[1]}x{a.shape[2]}; use larger images"
         )
-    x, y = (torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2).double() / 255 for image in (a, b))  # [N, 3, H, W]
+    x, y = (torch.from_numpy(image / 255.0).permute(0, 3, 1, 2) for image in (a, b))  # [N, 3, H, W]
     mean_x, mean_y = _window_mean(x), _window_mean(y)
     to_sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
     variance_x = to_sample * (_window_mean(x * x) - mean_x**2)

@@ -23,6 +23,7 @@ from genvision.eval.job import small_sample_warning, software_versions
 from genvision.eval.metrics import Moments, frechet_distance, psnr, ssim
 from genvision.eval.sets import stream_images
 from genvision.images import Rounding, from_uint8, make_grid, to_uint8
+from genvision.tokenizers.quantizers import CodebookUsage
 
 
 class Tokenizer(Protocol):
@@ -90,6 +91,7 @@ def reconstruct(
     num_workers: int = 0,
     device: str = "cpu",
     rounding: Rounding = "trunc127.5",
+    num_images: int | None = None,
     num_pairs: int = 8,
     show_progress: bool = False,
 ) -> Reconstruction:
@@ -99,24 +101,33 @@ def reconstruct(
         tokenizer: on `device` already; a module is in eval mode meanwhile.
         image_size: both sides of ADM's centre crop.
         extractor: for rFID; None leaves rFID out.
+        num_images: measure the first so many only; None measures all.
         num_pairs: so many first images come back with their reconstructions.
 
     Raises:
         UserError: fewer than 2 images, or the tokenizer changes their size.
     """
-    if len(source) < 2:
-        raise UserError(f"{source.spec}: a reconstruction needs at least 2 images, got {len(source)}; give more images")
+    num_measured = len(source) if num_images is None else min(num_images, len(source))
+    if num_measured < 2:
+        raise UserError(f"{source.spec}: a reconstruction needs at least 2 images, got {num_measured}; give more images")
     began = time.monotonic()
     moments = [Moments(extractor.feature_dim) for _ in range(2)] if extractor else []
-    usage = CodeUsage(tokenizer.spec.codebook_size)
+    usage = CodebookUsage(tokenizer.spec.codebook_size) if tokenizer.spec.codebook_size is not None else None
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     scores = []
     with torch.no_grad(), _eval_mode(tokenizer):
         for originals, _ in stream_images(
-            source, image_size, batch_size=batch_size, num_workers=num_workers, show_progress=show_progress, description="reconstruct"
+            source,
+            image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            num_images=num_images,
+            show_progress=show_progress,
+            description="reconstruct",
         ):
             codes = tokenizer.encode(from_uint8(originals).to(device))
-            usage.update(codes)
+            if usage:
+                usage.update(codes)
             images = to_uint8(tokenizer.decode(codes), rounding)
             if images.shape != originals.shape:
                 raise UserError(
@@ -128,20 +139,21 @@ def reconstruct(
                     side.update(extractor(batch).features)
             if sum(len(pair[0]) for pair in pairs) < num_pairs:
                 pairs.append((originals, images))
-    warning = small_sample_warning(len(source), f"the set {source.spec}", extractor) if extractor else None
+    warning = small_sample_warning(num_measured, f"the set {source.spec}", extractor) if extractor else None
     warnings = [warning] if warning else []
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr, flush=True)
+    codebook = usage.summary() if usage else {}
     means = np.concatenate(scores, axis=1).mean(axis=1)
     result = ReconstructionResult(
         rfid=frechet_distance(*moments) if extractor else None,
         psnr=float(means[0]),
         ssim=float(means[1]),
         ssim_range2=float(means[2]),
-        codebook_usage=usage.fraction,
-        codebook_perplexity=usage.perplexity,
+        codebook_usage=codebook.get("usage"),
+        codebook_perplexity=codebook.get("perplexity"),
         codebook_size=tokenizer.spec.codebook_size,
-        num_images=len(source),
+        num_images=num_measured,
         data=source.spec,
         data_fingerprint=source.fingerprint(),
         image_size=image_size,
@@ -159,31 +171,6 @@ def reconstruct(
     )
     first, second = (np.concatenate(side)[:num_pairs] for side in zip(*pairs, strict=True))
     return Reconstruction(result=result, originals=first, reconstructions=second)
-
-
-class CodeUsage:
-    """How often each code occurs, over all batches."""
-
-    def __init__(self, codebook_size: int | None) -> None:
-        self.counts = None if codebook_size is None else np.zeros(codebook_size, dtype=np.int64)
-
-    def update(self, codes: Tensor) -> None:
-        """Count codes of any shape; continuous codes are not counted."""
-        if self.counts is not None:
-            self.counts += np.bincount(codes.flatten().cpu().numpy(), minlength=len(self.counts))
-
-    @property
-    def fraction(self) -> float | None:
-        """Part of the codebook that occurred at all."""
-        return None if self.counts is None else float(np.mean(self.counts > 0))
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp of the entropy of the codes: how many equally frequent codes would be as varied."""
-        if self.counts is None:
-            return None
-        p = self.counts[self.counts > 0] / self.counts.sum()
-        return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def pair_grid(originals: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> Image.Image:

@@ -51,6 +51,7 @@ def stream_images(
     *,
     batch_size: int,
     num_workers: int = 0,
+    num_images: int | None = None,
     show_progress: bool = False,
     description: str = "images",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -58,14 +59,16 @@ def stream_images(
 
     Args:
         image_size: side of ADM's centre crop; None takes images as they are, and they must all have the size of the first.
+        num_images: only the first so many.
 
     Raises:
         UserError: an image cannot be read or has another size than the first.
     """
     size = find_image_size(source, image_size)
     checked = source if image_size is not None else _SameSize(source, size)
-    progress = Progress(len(source), description, show=show_progress)
-    for batch in ordered_batches(checked, size, batch_size=batch_size, num_workers=num_workers):
+    indices = np.arange(len(source))[:num_images]
+    progress = Progress(len(indices), description, show=show_progress)
+    for batch in ordered_batches(checked, size, batch_size=batch_size, num_workers=num_workers, indices=indices):
         yield batch["images"], batch["labels"]
         progress.advance(len(batch["images"]))
     progress.close()

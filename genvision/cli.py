@@ -4,6 +4,7 @@ Nothing heavy is imported here: `genvision --help` must not wait for torch.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -169,7 +170,13 @@ def sample(
     """
     from genvision.jobs.sample import sample_from_folder
 
-    options = {"guidance_scale": guidance, "guidance_schedule": guidance_schedule, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = {
+        "guidance_scale": guidance,
+        "guidance_schedule": guidance_schedule,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     sample_from_folder(
         model,
         out,
@@ -265,7 +272,7 @@ def presets(name: str | None = None) -> None:
     print(format_preset(name) if name else format_presets())
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "encode": encode,
@@ -317,7 +324,12 @@ def _run(name: str, words: list[str]) -> None:
 
 
 def _help() -> str:
-    lines = ["usage: genvision COMMAND [options]", "", "Class-conditional image synthesis: tokenizers, generators, samplers, evaluation.", ""]
+    lines = [
+        "usage: genvision COMMAND [options]",
+        "",
+        "Class-conditional image synthesis: tokenizers, generators, samplers, evaluation.",
+        "",
+    ]
     for name, function in COMMANDS.items():
         lines.append(f"  {name:12}{(function.__doc__ or '').splitlines()[0]}")
     lines += ["", "  genvision COMMAND --help shows the options; --debug shows tracebacks; --version the version."]

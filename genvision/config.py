@@ -47,7 +47,9 @@ def run_command(name: str, function: Command, argv: Sequence[str]) -> None:
         options: dict[str, Any] = {"help": helps.get(parameter.name)}
         required = parameter.default is inspect.Parameter.empty
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            parser.add_argument(parameter.name, type=types[parameter.name], **options, **({} if required else {"nargs": "?", "default": parameter.default}))
+            parser.add_argument(
+                parameter.name, type=types[parameter.name], **options, **({} if required else {"nargs": "?", "default": parameter.default})
+            )
         elif types[parameter.name] is bool:
             parser.add_argument(_option(parameter.name), action="store_true", **options)
         else:
@@ -57,7 +59,7 @@ def run_command(name: str, function: Command, argv: Sequence[str]) -> None:
     try:
         values = parser.parse_args(list(argv)).as_dict()
     except (argparse.ArgumentError, ValueError) as error:
-        raise UserError(f"genvision {name}: {_explained(str(error), known)}") from error
+        raise UserError(f"{name}: {_explained(str(error), known)}") from error
     function(**values)
 
 
@@ -101,7 +103,9 @@ def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
     from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
 
     parser = ArgumentParser(
-        prog="genvision train", description="Train a tokenizer or a generator. All keys may stand in the YAML file too.", exit_on_error=False
+        prog="genvision train",
+        description="Train a tokenizer or a generator. All keys may stand in the YAML file too.",
+        exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; keys on the command line win over it")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
@@ -230,7 +234,7 @@ def _explained(message: str, known: Sequence[str]) -> str:
     """jsonargparse's and argparse's messages in one plain line."""
     message = " ".join(message.split())
     message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
-    message = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", message)
+    message = re.sub(r'^Parser key "([^"]+)": ', lambda key: f"{_option(key[1]) if _option(key[1]) in known else key[1]}: ", message)
     message = re.sub(r"Expected an? (.+?)\. Got value: (.*)$", r"expected \1, got '\2'", message)
     unknown = re.match(r"unrecognized arguments?: (\S+)", message)
     return message + _nearest(unknown[1], known) if unknown else message

@@ -5,7 +5,7 @@ Inside, images are float32 [B, 3, H, W] in [-1, 1]; at the borders uint8 [B, H, 
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -81,16 +81,16 @@ def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     picture.save(part, format="PNG")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None = None) -> None:
     """Write an npz as ADM's evaluator reads it: `arr_0` uint8 [N, H, W, 3], `arr_1` int64 labels; uncompressed, atomic."""
-    arrays = {"arr_0": np.ascontiguousarray(images)}
+    arrays: dict[str, Any] = {"arr_0": np.ascontiguousarray(images)}
     if labels is not None:
         arrays["arr_1"] = labels.astype(np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
         np.savez(file, **arrays)
-    os.replace(part, path)
+    part.replace(path)

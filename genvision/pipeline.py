@@ -70,7 +70,7 @@ class ImagePipeline:
             if not (folder / part).is_dir():
                 raise UserError(f"{folder}: the {part} is missing; add it, for example with genvision import ... --out {folder}")
         generator = load_component(folder / "generator", GENERATORS, "generator")
-        if torch_dtype is not None:
+        if torch_dtype is not None and torch_dtype != generator.dtype:
             generator = generator.to(torch_dtype)
         sampler = load_component(folder / "sampler", SAMPLERS, "sampler")
         names = index.get("id2label") or {str(i): str(i) for i in range(generator.num_classes)}
@@ -173,7 +173,9 @@ def save_parts(folder: Path, parts: dict[str, Any], label_names: Sequence[str] |
         label_names: a name for each class.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    index = read_index(folder) if (folder / INDEX).is_file() else {"_class_name": "ImagePipeline", "_genvision_version": __version__}
+    index: dict[str, Any] = {"_class_name": "ImagePipeline", "_genvision_version": __version__}
+    if (folder / INDEX).is_file():
+        index = read_index(folder)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
         index[name] = [type(part).__module__, type(part).__name__]

@@ -48,5 +48,3 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         raise UserError(f"class {int(wrong[0])} is out of range; the model has classes 0 .. {num_classes - 1}")
-
-

@@ -4,6 +4,7 @@ Shapes: images [B, 3, H, W] in [-1, 1], codes [B, h, w] with h = H / downsample,
 Module names follow the official checkpoints.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -171,24 +172,23 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the deepest level, then a change of resolution."""
+    """Residual blocks of one resolution, each followed by attention where `attend`, then a change of resolution."""
 
-    def __init__(self, channels: int, width: int, num_blocks: int, groups: int, dropout: float, attend: bool, resize: nn.Module | None) -> None:
+    def __init__(
+        self, channels: int, width: int, num_blocks: int, groups: int, dropout: float, *, attend: bool, resize: Downsample | Upsample | None
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResBlock(channels if i == 0 else width, width, groups, dropout) for i in range(num_blocks))
         self.attn = nn.ModuleList(AttnBlock(width, groups) for _ in range(num_blocks if attend else 0))
-        if isinstance(resize, Downsample):
-            self.downsample = resize
-        elif isinstance(resize, Upsample):
-            self.upsample = resize
-        self.resize_name = {Downsample: "downsample", Upsample: "upsample"}.get(type(resize))
+        self.downsample = resize if isinstance(resize, Downsample) else nn.Identity()
+        self.upsample = resize if isinstance(resize, Upsample) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
             x = block(x)
             if len(self.attn) > 0:
                 x = self.attn[i](x)
-        return x if self.resize_name is None else getattr(self, self.resize_name)(x)
+        return self.upsample(self.downsample(x))
 
 
 def _middle(width: int, groups: int, dropout: float) -> nn.ModuleList:
@@ -199,6 +199,7 @@ class _Stack(nn.Module):
     """Levels and middle share the switch for gradient checkpointing."""
 
     gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin.enable_gradient_checkpointing
 
     def run(self, modules: nn.ModuleList, x: Tensor) -> Tensor:
         for module in modules:
@@ -220,7 +221,9 @@ class Encoder(_Stack):
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             previous = widths[i - 1] if i else base
-            self.conv_blocks.append(Level(previous, width, num_blocks, groups, dropout, last, None if last else Downsample(width)))
+            self.conv_blocks.append(
+                Level(previous, width, num_blocks, groups, dropout, attend=last, resize=None if last else Downsample(width))
+            )
         self.mid = _middle(widths[-1], groups, dropout)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
@@ -242,7 +245,8 @@ class Decoder(_Stack):
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             previous = widths[i - 1] if i else widths[0]
-            self.conv_blocks.append(Level(previous, width, num_blocks + 1, groups, dropout, i == 0, None if last else Upsample(width)))
+            resize = None if last else Upsample(width)
+            self.conv_blocks.append(Level(previous, width, num_blocks + 1, groups, dropout, attend=i == 0, resize=resize))
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 

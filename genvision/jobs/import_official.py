@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from genvision.card import write_card
 from genvision.convert import load_official
@@ -33,7 +34,7 @@ def import_checkpoint(name: str, file: Path, out: Path, *, weights: str | None =
     if out.exists() and any(out.iterdir()) and not (out / "model_index.json").is_file():
         raise UserError(f"{out}: already holds something that is no model; choose another --out")
     module = load_official(preset.family, read_state_dict(file, weights), preset.config, source=str(file))
-    parts = {preset.component: module}
+    parts: dict[str, Any] = {preset.component: module}
     label_names = None
     if preset.component == "generator":
         parts["sampler"] = AutoregressiveSampler(**preset.sampler)

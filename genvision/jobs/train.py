@@ -1,7 +1,7 @@
 """`genvision train`: from a configuration to a finished model folder, for both stages."""
 
-import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 
 from genvision import __version__
 from genvision.config import save_config
-from genvision.data.datasets import BatchStream, ImageDataset, batches
+from genvision.data.datasets import BatchStream, ImageDataset, bad_images_summary, batches
 from genvision.data.encoded import EncodedDataset
 from genvision.data.sources import open_source
 from genvision.errors import UserError
@@ -30,7 +30,16 @@ from genvision.training.loop import train
 from genvision.training.tokenizer_stage import TokenizerLossConfig, TokenizerStage
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
-FREE_TO_CHANGE = {"num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every", "max_skipped_steps", "tracker", "num_workers"}
+FREE_TO_CHANGE = {
+    "num_steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "preview_every",
+    "max_skipped_steps",
+    "tracker",
+    "num_workers",
+}
 """Options that a resumed run may change: they do not change what the weights become, step by step."""
 
 
@@ -68,17 +77,18 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
         return streams[-1]
 
     done = train(config, accelerator, job.stage, stream, resume=resume, preview=partial(job.preview, output / "previews"))
-    accelerator.end_training()
-    if not done:
-        return None
-    if accelerator.is_main_process:
+    if done and accelerator.is_main_process:
         part = output / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         job.export(part, {"data": config.data.spec, "steps": config.train.num_steps, "seed": config.seed, "torch": torch.__version__})
         shutil.rmtree(output / "model", ignore_errors=True)
-        os.replace(part, output / "model")
+        part.replace(output / "model")
     accelerator.wait_for_everyone()
-    return output / "model"
+    bad_images = {index: why for stream in streams for index, why in stream.bad_images.items()}
+    if bad_images:
+        print(bad_images_summary(bad_images), file=sys.stderr)
+    accelerator.end_training()
+    return output / "model" if done else None
 
 
 def _prepare_output(config: TrainConfig, output: Path, resume: bool) -> None:
@@ -150,7 +160,9 @@ class _GeneratorJob:
         data = config.data
         self.dataset: Any
         if data.spec.startswith("encoded:"):
-            self.dataset = EncodedDataset(data.spec.removeprefix("encoded:"), expected_tokenizer_hash=content_hash(self.tokenizer))
+            self.dataset = EncodedDataset(
+                data.spec.removeprefix("encoded:"), expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed
+            )
             code_shape = tuple(self.dataset.code_shape)
             self.num_workers = 0  # memory-mapped codes need no decoding
         else:
@@ -194,4 +206,6 @@ class _GeneratorJob:
 
 def _image_dataset(config: TrainConfig, image_size: int) -> ImageDataset:
     data = config.data
-    return ImageDataset(open_source(data.spec), image_size, crop=data.crop, flip=data.flip, seed=config.seed, on_bad_image=data.on_bad_image)
+    return ImageDataset(
+        open_source(data.spec), image_size, crop=data.crop, flip=data.flip, seed=config.seed, on_bad_image=data.on_bad_image
+    )

@@ -4,9 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
     Args:

@@ -21,7 +21,9 @@ class KVCache:
         head_dim: D.
     """
 
-    def __init__(self, depth: int, rows: int, num_heads: int, length: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, depth: int, rows: int, num_heads: int, length: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.keys = torch.empty(depth, rows, num_heads, length, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.filled = 0

@@ -78,7 +78,8 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         num_kv_heads = num_kv_heads or num_heads
         if hidden_dim % num_heads or num_heads % num_kv_heads or (hidden_dim // num_heads) % 4:
             raise UserError(
-                f"hidden_dim {hidden_dim} must be num_heads {num_heads} times a multiple of 4, and num_kv_heads {num_kv_heads} must divide num_heads"
+                f"hidden_dim {hidden_dim} must be num_heads {num_heads} times a multiple of 4, and num_kv_heads {num_kv_heads} "
+                "must divide num_heads"
             )
         if condition not in ("class", "text"):
             raise UserError(f"condition '{condition}' is unknown; choose class or text")

@@ -30,7 +30,9 @@ Batch = dict[str, Tensor]
 class Stage(Protocol):
     """What differs between training a tokenizer and training a generator."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
+
     baselines: dict[str, float]
     """Values to read terms against: the `loss` of guessing, say."""
 
@@ -145,7 +147,9 @@ class _Run:
         lr = learning_rate(optim, self.step, loop.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = [dict(zip(batch, values, strict=True)) for values in zip(*(v.chunk(loop.accumulation) for v in batch.values()), strict=True)]
+        parts = [
+            dict(zip(batch, values, strict=True)) for values in zip(*(v.chunk(loop.accumulation) for v in batch.values()), strict=True)
+        ]
         totals: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             part = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in part.items()}

@@ -21,7 +21,7 @@ def reference(digits_second, extractor):
 def test_real_digits_against_the_other_half_set_the_floor(digits_first, reference, extractor):
     floor = digits_floor()
     assert 0 < floor.fid < 5
-    assert floor.class_accuracy >= 0.97
+    assert floor.class_accuracy >= 0.95
     noise = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
     bad = score_arrays(noise, np.arange(200) % 10, reference, extractor=extractor)
     assert bad.fid > 20 * floor.fid

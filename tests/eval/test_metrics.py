@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from parity_fixtures import Fixture
 
 from genvision.errors import UserError
 from genvision.eval.metrics import Moments, frechet_distance, inception_score, psnr, ssim
+from parity_fixtures import Fixture
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from genvision.errors import UserError
 from genvision.eval.features import load_extractor
 from genvision.eval.metrics import psnr, ssim
-from genvision.eval.reconstruction import CodeUsage, pair_grid, reconstruct
+from genvision.eval.reconstruction import pair_grid, reconstruct
 from genvision.eval.report import format_table, to_json
 from genvision.eval.sets import ArraySource
 from genvision.images import from_uint8, to_uint8
@@ -103,14 +103,6 @@ def test_pairs_stand_below_each_other():
     levels = [level for level in right[:, 0] if level != 255]
     assert sorted(set(levels)) == [0, 200]
     assert levels == sorted(levels)
-
-
-def test_usage_counts_over_batches():
-    usage = CodeUsage(8)
-    usage.update(torch.tensor([[0, 1], [0, 1]]))
-    usage.update(torch.tensor([2, 3, 2, 3]))
-    assert usage.fraction == 0.5
-    assert usage.perplexity == pytest.approx(4.0)
 
 
 def test_what_cannot_be_measured_is_refused(source):

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from parity_fixtures import Fixture
 
 from genvision.convert import load_official
 from genvision.errors import UserError
@@ -8,6 +7,7 @@ from genvision.models.llamagen import LlamaGen
 from genvision.samplers.autoregressive import AutoregressiveSampler, draw, filter_logits
 from genvision.samplers.guidance import llamagen_stop
 from genvision.samplers.randomness import ImageStreams
+from parity_fixtures import Fixture
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,14 @@ def test_draws_follow_the_distribution_and_never_take_the_impossible():
 
 @pytest.mark.parametrize(
     "options",
-    [{"guidance_scale": -1.0}, {"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"guidance_start": 0.9, "guidance_stop": 0.1}, {"guidance_schedule": "up"}],
+    [
+        {"guidance_scale": -1.0},
+        {"temperature": -0.1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"guidance_start": 0.9, "guidance_stop": 0.1},
+        {"guidance_schedule": "up"},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError):

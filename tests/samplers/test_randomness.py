@@ -28,7 +28,7 @@ def test_the_first_numbers_never_change():
 
 def test_numbers_are_uniform():
     numbers = ImageStreams(1, range(200)).uniform(Purpose.TOKEN, 100).flatten()
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     shares = torch.histc(numbers.float(), bins=10, min=0, max=1) / len(numbers)
     torch.testing.assert_close(shares, torch.full((10,), 0.1), atol=0.01, rtol=0)
 

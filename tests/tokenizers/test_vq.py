@@ -1,11 +1,11 @@
 import pytest
 import torch
-from parity_fixtures import Fixture
 
 from genvision.convert import load_official
 from genvision.errors import UserError
 from genvision.tokenizers.base import content_hash, load_tokenizer
 from genvision.tokenizers.vq import VQTokenizer
+from parity_fixtures import Fixture
 
 
 def tiny(**changes):

@@ -232,7 +232,7 @@ class TestInterruption:
         process.join(30)
         assert process.exitcode == -signal.SIGKILL
         if not (out / "index.json").exists():
-            with pytest.raises(UserError, match="not finished|no encoded data"):
+            with pytest.raises(UserError, match=r"not finished|no encoded data"):
                 EncodedDataset(out)
         encode(source, out)
         EncodedDataset(out)

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from parity_fixtures import Fixture
 from PIL import Image
 from torchvision.transforms import TenCrop
 
 from genvision.data.transforms import CropConfig, ViewConfig, center_crop, flip, random_crop, ten_crop
 from genvision.errors import UserError
+from parity_fixtures import Fixture
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:

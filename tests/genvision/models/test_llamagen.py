@@ -1,13 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_fixtures import Fixture
 
 from genvision.convert import load_official
 from genvision.errors import UserError
 from genvision.layers.rotary import rotary_table_2d, rotate
 from genvision.models.llamagen import LlamaGen
 from genvision.objectives.next_token import next_token_loss
+from parity_fixtures import Fixture
 
 
 def tiny(**changes):

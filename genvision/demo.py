@@ -1,0 +1,130 @@
+"""`genvision demo`: the whole path on real digits in a few minutes: tokenizer, codes, generator, new images, scores.
+
+The real column of the table is what real digits score against other real digits, written by other people: the mark that
+generated ones can be held against. How many samples copy a training image is said as well.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from genvision.config import load_train_config
+from genvision.data.encoded import EncodedDataset
+from genvision.errors import UserError
+from genvision.eval.features import load_extractor
+from genvision.eval.job import digits_floor, measure_reference, score_arrays
+from genvision.images import make_grid, save_png, to_uint8
+from genvision.jobs.encode import encode_data
+from genvision.jobs.sample import SampleRequest, sample
+from genvision.jobs.train import run_training
+from genvision.pipeline import ImagePipeline
+from genvision.training.state import write_atomically
+
+NUM_SAMPLES, GRID_COLUMNS = 1000, 10
+DATA = "digits"
+
+
+def run_demo(out: Path, *, seed: int = 0) -> str:
+    """Fill `out` with samples.png, samples.npz, results.json and model/; goes on where an interrupted run stopped.
+
+    Returns:
+        The scores as a table.
+
+    Raises:
+        UserError: `out` holds a finished demo, or something else.
+    """
+    if (out / "results.json").exists():
+        raise UserError(f"{out}: already holds a finished demo; choose another --out, or delete it")
+    if out.exists() and any(out.iterdir()) and not (out / "work").is_dir():
+        raise UserError(f"{out}: already holds something else; choose another --out")
+    began = time.monotonic()
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+
+    print("1/4 training a tokenizer on real digits", flush=True)
+    tokenizer = _trained("vq/vq_digits.yaml", work / "tokenizer", seed, [])
+    codes = work / "codes"
+    encode_data(tokenizer, DATA, codes)
+    print("2/4 training a generator on its codes", flush=True)
+    model = _trained(
+        "llamagen/llamagen_digits.yaml", work / "generator", seed, ["--tokenizer", str(tokenizer), "--data.spec", f"encoded:{codes}"]
+    )
+    if not (out / "model").exists():
+        model.rename(out / "model")
+    print("3/4 drawing 100 digits of each class", flush=True)
+    pipeline = ImagePipeline.from_pretrained(out / "model")
+    sample(pipeline, SampleRequest(num=NUM_SAMPLES, classes=tuple(range(10)), seed=seed), out / "samples.npz", batch_size=250)
+    print("4/4 scoring them", flush=True)
+    with np.load(out / "samples.npz", allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    rows = [images[labels == digit][:GRID_COLUMNS] for digit in range(10)]
+    save_png(make_grid(np.concatenate(rows), GRID_COLUMNS, row_names=[str(digit) for digit in range(10)]), out / "samples.png")
+    results = _scores(images, labels, pipeline, codes, seed) | {"seconds": round(time.monotonic() - began, 1), "model": str(out / "model")}
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    return _table(results, out)
+
+
+def _trained(recipe: str, output: Path, seed: int, changes: list[str]) -> Path:
+    config, _ = load_train_config(["--config", recipe, "--output_dir", str(output), "--seed", str(seed), *changes])
+    model = run_training(config, resume=True)
+    if model is None:
+        raise KeyboardInterrupt
+    return model
+
+
+def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, codes: Path, seed: int) -> dict[str, Any]:
+    extractor = load_extractor("digits")
+    reference = measure_reference(DATA, extractor)
+    result = score_arrays(images, labels, reference, extractor=extractor, name="samples.npz")
+    floor = digits_floor()
+    return {
+        "class_accuracy": result.class_accuracy,
+        "fid": result.fid,
+        "inception_score": result.inception_score,
+        "inception_score_std": result.inception_score_std,
+        "real_class_accuracy": floor.class_accuracy,
+        "real_halves_fid": floor.fid,
+        "copies": _copies(images, codes, pipeline),
+        "num_generated": result.num_generated,
+        "num_reference": result.num_reference,
+        "trained_on": DATA,
+        "reference": DATA,
+        "extractor": result.extractor,
+        "extractor_hash": result.extractor_hash,
+        "judge_hash": result.judge_hash,
+        "sampler": {name: value for name, value in dict(pipeline.sampler.config).items() if not name.startswith("_")},
+        "seed": seed,
+        "versions": result.versions,
+    }
+
+
+@torch.inference_mode()
+def _copies(images: np.ndarray, codes: Path, pipeline: ImagePipeline) -> float:
+    """Share of the samples that equal a decoded training image in every pixel."""
+    dataset = EncodedDataset(codes)
+    trained = torch.cat([dataset.views(i) for i in range(len(dataset))])
+    known = {image.tobytes() for image in to_uint8(pipeline.tokenizer.decode(trained))}
+    return float(np.mean([image.tobytes() in known for image in images]))
+
+
+def _table(results: dict[str, Any], out: Path) -> str:
+    sampler = results["sampler"]
+    return "\n".join(
+        [
+            "",
+            f"                                {results['num_generated']:,} generated        real digits",
+            f"  recognised as their class           {results['class_accuracy']:8.1%}           {results['real_class_accuracy']:8.1%}",
+            f"  FID                                 {results['fid']:8.2f}           {results['real_halves_fid']:8.2f}  (one half against the other)",
+            f"  Inception Score, at most 10         {results['inception_score']:8.2f}",
+            f"  equal to a training image           {results['copies']:8.1%}",
+            "",
+            f"  guidance {sampler['guidance_scale']:g}, top-p {sampler['top_p']:g}, seed {results['seed']}, {results['seconds']:.0f} seconds in all",
+            f"  picture  {out / 'samples.png'}",
+            f"  scores   {out / 'results.json'}",
+            f"  model    {results['model']}",
+        ]
+    )

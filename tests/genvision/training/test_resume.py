@@ -1,0 +1,151 @@
+"""Real training processes, really killed: what comes out must be bit for bit what an undisturbed run makes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[3]
+STEPS = 40
+
+TOKENIZER = {
+    "stage": "tokenizer",
+    "seed": 3,
+    "data": {"spec": "digits", "image_size": 8, "flip": True, "num_workers": 0},
+    "model": {
+        "name": "vq",
+        "codebook_size": 16,
+        "codebook_dim": 4,
+        "base_channels": 4,
+        "encoder_multipliers": [1, 2],
+        "num_res_blocks": 1,
+        "z_channels": 4,
+        "norm_groups": 2,
+        "dropout": 0.1,
+        "entropy_weight": 0.01,
+    },
+    "loss": {"revive_every": 7},
+    "optim": {"lr": 2.0e-3, "warmup_steps": 5, "schedule": "cosine"},
+    "train": {"num_steps": STEPS, "batch_size": 8, "ema_decays": [0.9, 0.5], "log_every": 5, "checkpoint_every": 3, "preview_every": 0},
+}
+GENERATOR = {
+    "stage": "generator",
+    "seed": 4,
+    "data": {"spec": "digits", "num_workers": 1},
+    "model": {"name": "llamagen", "hidden_dim": 16, "depth": 2, "num_heads": 2, "mlp_multiple_of": 8},
+    "optim": {"lr": 1.0e-3},
+    "train": {
+        "num_steps": STEPS,
+        "batch_size": 8,
+        "accumulation": 2,
+        "ema_decays": [0.9],
+        "log_every": 5,
+        "checkpoint_every": 4,
+        "preview_every": 10,
+    },
+}
+
+
+def start(config: Path, output: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", "--config", str(config), "--output_dir", str(output), *more]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def newest_step(output: Path) -> int:
+    return max((int(path.name[5:13]) for path in (output / "checkpoints").glob("step_????????")), default=0)
+
+
+def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while newest_step(output) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Model, averages and optimiser state of the last checkpoint, and the finished model, bit for bit."""
+    last = f"checkpoints/step_{STEPS:08d}"
+    for name in [path.name for path in (a / last).glob("*.safetensors")]:
+        left, right = load_file(a / last / name), load_file(b / last / name)
+        assert left.keys() == right.keys()
+        for key in left:
+            assert left[key].equal(right[key]), (name, key)
+    for name in ("optimizer.pt", "stage.pt", "rng_0.pt"):
+        assert (a / last / name).read_bytes() == (b / last / name).read_bytes(), name
+    for path in (a / "model").rglob("*.safetensors"):
+        assert path.read_bytes() == (b / path.relative_to(a)).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tokenizer_run(tmp_path_factory) -> tuple[Path, Path]:
+    """A configuration of the tokenizer stage, and an undisturbed run of it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(TOKENIZER))
+    finish(start(config, folder / "whole"))
+    return config, folder / "whole"
+
+
+def test_three_kills_at_random_moments_change_no_bit(tokenizer_run, tmp_path):
+    config, whole = tokenizer_run
+    output = tmp_path / "killed"
+    moments = random.Random(0)
+    for target in (3, 15, 27):
+        process = start(config, output, "--resume")
+        wait_for_step(process, output, target)
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert target <= newest_step(output) < STEPS
+    finish(start(config, output, "--resume"))
+    assert_same_run(whole, output)
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [yaml.safe_load(line)["step"] for line in lines] == list(range(5, STEPS + 1, 5))
+
+
+def test_a_generator_on_images_is_stopped_by_sigterm_and_goes_on(tokenizer_run, tmp_path):
+    tokenizer = tokenizer_run[1] / "model"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(GENERATOR | {"tokenizer": str(tokenizer)}))
+    finish(start(config, tmp_path / "whole"))
+    process = start(config, tmp_path / "stopped")
+    wait_for_step(process, tmp_path / "stopped", 8)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in finish(process)
+    stopped_at = newest_step(tmp_path / "stopped")
+    assert 8 <= stopped_at < STEPS and not (tmp_path / "stopped" / "model").exists()
+    finish(start(config, tmp_path / "stopped", "--resume"))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert len(list((tmp_path / "whole" / "previews").glob("*.png"))) == 4
+
+
+def test_two_processes_train_the_same_model_as_one(tokenizer_run, tmp_path):
+    config, _ = tokenizer_run
+    # what depends on more than one image (entropy over a batch, revived codes) or on each process's own dropout is switched off
+    changes = ["--train.num_steps", "6", "--model.dropout", "0", "--loss.revive_every", "0", "--model.entropy_weight", "0"]
+    finish(start(config, tmp_path / "one", *changes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "train.py"]
+    command += ["--config", str(config), "--output_dir", str(tmp_path / "two"), *changes]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    one = load_file(tmp_path / "one/checkpoints/step_00000006/model.safetensors")
+    two = load_file(tmp_path / "two/checkpoints/step_00000006/model.safetensors")
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-4, name
+    assert (tmp_path / "two/checkpoints/step_00000006/rng_1.pt").is_file()
