@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from genvision import __version__
+from genvision.tokenizers.base import content_hash
 
 
 def write_card(path: Path, generator: Any, tokenizer: Any, sampler: Any, label_names: Sequence[str], provenance: dict[str, Any]) -> None:
     """Write README.md with the Hub's metadata header.
 
     Args:
-        provenance: facts that identify the model: data, hashes, steps, versions; shown as a table.
+        provenance: facts that identify the model: data, steps, versions; shown as a table, with the hashes of both networks.
     """
     spec = tokenizer.spec
     options = {name: value for name, value in dict(sampler.config).items() if not name.startswith("_")}
-    facts = {"genvision": __version__, **provenance}
+    hashes = {"generator_hash": content_hash(generator), "tokenizer_hash": content_hash(tokenizer)}
+    facts = {"genvision": __version__, **provenance, **hashes}
+    size = generator.grid_size * spec.downsample
     rows = "\n".join(f"| {name.replace('_', ' ')} | `{_short(value)}` |" for name, value in facts.items())
     classes = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
     path.write_text(f"""---
@@ -27,7 +30,7 @@ tags:
 - {type(generator).__name__.lower()}
 ---
 
-# {type(generator).__name__}, {generator.num_parameters_million:.1f}M parameters, {spec.image_size} x {spec.image_size} pixels
+# {type(generator).__name__}, {generator.num_parameters_million:.1f}M parameters, {size} x {size} pixels
 
 A class-conditional image generator for {len(label_names)} classes ({classes}).
 Tokenizer: {type(tokenizer).__name__}, {spec.codebook_size} codes, one for {spec.downsample} x {spec.downsample} pixels.
@@ -36,7 +39,7 @@ Tokenizer: {type(tokenizer).__name__}, {spec.codebook_size} codes, one for {spec
 from genvision.pipeline import ImagePipeline
 
 pipe = ImagePipeline.from_pretrained("path/to/this/folder")
-images = pipe(class_labels=["{label_names[0]}"] * 4, seed=0).images
+images = pipe(class_labels=[{json.dumps(label_names[0])}] * 4, seed=0).images
 ```
 
 Default sampling protocol ({type(sampler).__name__}):

@@ -109,7 +109,7 @@ def reconstruct(
     """
     from genvision.eval.features import ExtractorOptions
     from genvision.eval.report import format_table
-    from genvision.jobs.reconstruct import best_device, reconstruct_data
+    from genvision.jobs.reconstruct import choose_device, reconstruct_data
 
     result = reconstruct_data(
         tokenizer,
@@ -117,7 +117,7 @@ def reconstruct(
         out,
         image_size=image_size,
         extractor=extractor,
-        options=ExtractorOptions(inception_weights=inception_weights, download=download, device=device or best_device()),
+        options=ExtractorOptions(inception_weights=inception_weights, download=download, device=choose_device(device)),
         num=num,
         batch_size=batch_size,
         num_workers=workers,
@@ -227,7 +227,7 @@ def evaluate(
     """
     from genvision.eval.job import evaluate as run
     from genvision.eval.report import format_table, write_json
-    from genvision.jobs.reconstruct import best_device
+    from genvision.jobs.reconstruct import choose_device
 
     result = run(
         generated,
@@ -238,7 +238,7 @@ def evaluate(
         num_workers=workers,
         inception_weights=inception_weights,
         download=download,
-        device=device or best_device(),
+        device=choose_device(device),
         image_size=image_size,
     )
     if json is not None:
@@ -289,6 +289,8 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if words[:1] == ["--"]:  # torchrun -m genvision -- sample --num 16: without it torchrun takes --num for its own --numa-binding
+        words = words[1:]
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         sys.exit(0 if words else 2)
@@ -303,6 +305,11 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             raise
         print(f"genvision: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
+        if debug:
+            raise
+        print(f"genvision: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("genvision: interrupted", file=sys.stderr)

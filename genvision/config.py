@@ -9,6 +9,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
@@ -81,12 +82,18 @@ def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
     in_file = dict(_flat(content))
     on_line = {word.removeprefix("--").split("=")[0]: word for word in argv if word.startswith("--")}
     model = _peek("model.name", argv, in_file)
+    if model is None and {"-h", "--help"} & set(argv):
+        print(_train_help())
+        raise SystemExit(0)
     if model not in MODELS:
         where = f"{file}: " if file else ""
         raise UserError(f"{where}model.name is {model!r}; one of {', '.join(MODELS)} is needed{_nearest(str(model), list(MODELS))}")
     parser = _train_parser(*MODELS[str(model)])
     known = sorted({action.dest for action in parser._actions} - {"help", "print_config", "config", "resume"})
+    sections = {key.split(".")[0] for key in known if "." in key}
     for key in [*in_file, *on_line]:
+        if key in sections and (key in on_line or in_file[key] != {}):
+            raise UserError(f"{'' if key in on_line else f'{file}: '}{key} is a section, so keys are expected below it, not a value")
         if key not in known and key not in ("config", "resume", "help", "h", "print_config"):
             raise UserError(f"{f'{file}: ' if key in in_file else ''}unknown key '{key}'{_nearest(key, known)}")
     try:
@@ -94,11 +101,21 @@ def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
         config = _train_config(values)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         message = _explained(str(error), known)
-        from_file = file and not any(message.startswith(key) for key in on_line)
+        from_file = file and not message.startswith(("unrecognized ", "argument ", *on_line))
         raise UserError(f"{f'{file}: ' if from_file else ''}{message}") from error
     return config, bool(values["resume"])
 
 
+def _train_help() -> str:
+    return (
+        "usage: genvision train --config FILE [--resume] [--dotted.key value ...]\n\n"
+        "Train a tokenizer or a generator from a YAML recipe: a path, or a shipped one by its name:\n\n"
+        + "\n".join(f"  {name}" for name in shipped_recipes())
+        + "\n\n  --config FILE --help shows every key of that recipe's model; --resume goes on from the newest checkpoint."
+    )
+
+
+@cache  # reading the docstrings takes 0.2 s
 def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
     from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
 
@@ -118,7 +135,7 @@ def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
             parser.add_argument(f"--{field.name}", type=kind, help=helps[field.name], **options)
     parser.add_argument("--model.name", type=Literal[tuple(MODELS)], required=True, help="which model")
     # the rest follows from the data (tokenizer stage) or from the tokenizer (generator stage)
-    skip = {"image_size"} if stage == "tokenizer" else {"codebook_size", "grid_size"}
+    skip = {"image_size"} if stage == "tokenizer" else {"codebook_size", "grid_size", "num_classes"}
     parser.add_class_arguments(getattr(import_module(module), class_name), "model", skip=skip)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(OptimConfig, "optim")
@@ -131,7 +148,7 @@ def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
         from genvision.samplers.autoregressive import AutoregressiveSampler
 
         parser.add_class_arguments(AutoregressiveSampler, "sampler")
-        parser.set_defaults({"model.num_classes": None})
+        parser.add_argument("--model.num_classes", type=int | None, default=None, help="as many as the data names, unless told")
     return parser
 
 
@@ -149,14 +166,18 @@ def _train_config(values: dict[str, Any]) -> "TrainConfig":
 
 
 def _read_config_file(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """The file behind `--config`, looked up among the shipped recipes too (its place in `argv` is filled in), and its content."""
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name != "--config":
-            continue
+    """The file behind `--config`, looked up among the shipped recipes too, and its content; in `argv` its place comes first."""
+    places = [i for i, word in enumerate(argv) if word.partition("=")[0] == "--config"]
+    if len(places) > 1:
+        raise UserError("--config: was given twice; one YAML file is expected")
+    for i in places:
+        _, equals, value = argv[i].partition("=")
         value = value if equals else argv[i + 1] if i + 1 < len(argv) else ""
+        if not value:
+            raise UserError("--config: a YAML file is expected behind it")
         path = recipe_path(value)
-        argv[i : i + (1 if equals else 2)] = ["--config", str(path)]
+        del argv[i : i + (1 if equals else 2)]
+        argv[:0] = ["--config", str(path)]  # what stands later wins
         try:
             content = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -183,6 +204,14 @@ def recipe_path(name: str | Path) -> Path:
         if (Path(root) / "configs" / inside).is_file():
             return Path(root) / "configs" / inside
     raise UserError(f"{name}: no such file, and no shipped recipe of that name; see configs/")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in `configs/`, as `--config` takes them from any folder."""
+    import genvision
+
+    roots = [Path(root) / "configs" for root in genvision.__path__]
+    return sorted({path.relative_to(root).as_posix() for root in roots for path in root.rglob("*.yaml")})
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -236,5 +265,13 @@ def _explained(message: str, known: Sequence[str]) -> str:
     message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
     message = re.sub(r'^Parser key "([^"]+)": ', lambda key: f"{_option(key[1]) if _option(key[1]) in known else key[1]}: ", message)
     message = re.sub(r"Expected an? (.+?)\. Got value: (.*)$", r"expected \1, got '\2'", message)
-    unknown = re.match(r"unrecognized arguments?: (\S+)", message)
+    union = re.match(r"(.*?)Does not validate against any of the Union subtypes Subtypes: \[(.+)\] Errors: .* Given value: (.*)$", message)
+    if union:
+        types = re.sub(r"NoneType", "null", union[2].replace(", NoneType", " or NoneType"))
+        return f"{union[1]}expected {types}, got '{union[3]}'"
+    missing = re.match(r"the following arguments are required: (.*)$", message)
+    if missing:
+        names = [_option(name) if _option(name) in known else name for name in missing[1].split(", ")]
+        return f"{', '.join(names)} must be given"
+    unknown = re.match(r"unrecognized arguments?: (-\S+)", message)
     return message + _nearest(unknown[1], known) if unknown else message

@@ -50,11 +50,9 @@ def run_demo(out: Path, *, seed: int = 0) -> str:
     codes = work / "codes"
     encode_data(tokenizer, DATA, codes)
     print("2/4 training a generator on its codes", flush=True)
-    model = _trained(
-        "llamagen/llamagen_digits.yaml", work / "generator", seed, ["--tokenizer", str(tokenizer), "--data.spec", f"encoded:{codes}"]
-    )
     if not (out / "model").exists():
-        model.rename(out / "model")
+        changes = ["--tokenizer", str(tokenizer), "--data.spec", f"encoded:{codes}"]
+        _trained("llamagen/llamagen_digits.yaml", work / "generator", seed, changes).rename(out / "model")
     print("3/4 drawing 100 digits of each class", flush=True)
     pipeline = ImagePipeline.from_pretrained(out / "model")
     sample(pipeline, SampleRequest(num=NUM_SAMPLES, classes=tuple(range(10)), seed=seed), out / "samples.npz", batch_size=250)
@@ -118,11 +116,11 @@ def _table(results: dict[str, Any], out: Path) -> str:
             "",
             f"                                {results['num_generated']:,} generated        real digits",
             f"  recognised as their class           {results['class_accuracy']:8.1%}           {results['real_class_accuracy']:8.1%}",
-            f"  FID                                 {results['fid']:8.2f}           {results['real_halves_fid']:8.2f}  (one half against the other)",
+            f"  FID                                 {results['fid']:8.2f}           {results['real_halves_fid']:8.2f}  (half against half)",
             f"  Inception Score, at most 10         {results['inception_score']:8.2f}",
             f"  equal to a training image           {results['copies']:8.1%}",
             "",
-            f"  guidance {sampler['guidance_scale']:g}, top-p {sampler['top_p']:g}, seed {results['seed']}, {results['seconds']:.0f} seconds in all",
+            f"  guidance {sampler['guidance_scale']:g}, top-p {sampler['top_p']:g}, seed {results['seed']}, {results['seconds']:.0f} seconds",
             f"  picture  {out / 'samples.png'}",
             f"  scores   {out / 'results.json'}",
             f"  model    {results['model']}",

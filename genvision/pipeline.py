@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from genvision.images import Rounding, to_uint8
 from genvision.models.base import GENERATORS
 from genvision.samplers.base import SAMPLERS, Sampler
 from genvision.samplers.randomness import ImageStreams
-from genvision.tokenizers.base import content_hash, load_component, load_tokenizer
+from genvision.tokenizers.base import load_component, load_tokenizer
 from genvision.training.state import write_atomically
 
 INDEX = "model_index.json"
+OutputType = Literal["pil", "np", "pt"]
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ class ImagePipeline:
             generator = generator.to(torch_dtype)
         sampler = load_component(folder / "sampler", SAMPLERS, "sampler")
         names = index.get("id2label") or {str(i): str(i) for i in range(generator.num_classes)}
+        if not isinstance(names, dict) or names.keys() != {str(i) for i in range(generator.num_classes)}:
+            raise UserError(f"{folder / INDEX}: id2label must name the classes 0 .. {generator.num_classes - 1}; write the model again")
         return cls(generator, load_tokenizer(folder / "tokenizer"), sampler, [names[str(i)] for i in range(len(names))])
 
     def save_pretrained(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write the pipeline folder; `provenance` goes into the model card."""
         folder = Path(path)
         save_parts(folder, {"generator": self.generator, "tokenizer": self.tokenizer, "sampler": self.sampler}, self.label_names)
-        facts = {"tokenizer_hash": content_hash(self.tokenizer), **(provenance or {})}
-        write_card(folder / "README.md", self.generator, self.tokenizer, self.sampler, self.label_names, facts)
+        write_card(folder / "README.md", self.generator, self.tokenizer, self.sampler, self.label_names, provenance or {})
 
     def to(self, device: str | torch.device) -> "ImagePipeline":
         """Move the networks."""
@@ -94,8 +96,14 @@ class ImagePipeline:
         device: torch.device = next(self.generator.parameters()).device
         return device
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images that are drawn; the tokenizer may have been trained on another one."""
+        size: int = self.generator.grid_size * self.tokenizer.spec.downsample
+        return size
+
     def label_ids(self, names: Sequence[str | int]) -> list[int]:
-        """Class indices of names or indices.
+        """Class indices of names or indices; a text is a name if there is such a class, and else an index.
 
         Raises:
             UserError: there is no such class.
@@ -103,8 +111,8 @@ class ImagePipeline:
         return [self._label_id(name) for name in names]
 
     def _label_id(self, name: str | int) -> int:
-        if str(name) in self.label_names:
-            return self.label_names.index(str(name))
+        if isinstance(name, str) and name in self.label_names:
+            return self.label_names.index(name)
         try:
             label = int(name)
         except ValueError:
@@ -124,7 +132,7 @@ class ImagePipeline:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         prefix: Tensor | None = None,
-        output_type: Literal["pil", "np", "pt"] = "pil",
+        output_type: OutputType = "pil",
         rounding: Rounding = "trunc127.5",
         **sampler_options: Any,
     ) -> ImageOutput:
@@ -142,6 +150,8 @@ class ImagePipeline:
             rounding: how floats become bytes.
             sampler_options: of the sampler: temperature, top_k, top_p, guidance_schedule, ...
         """
+        if output_type not in get_args(OutputType):
+            raise UserError(f"output_type '{output_type}' is unknown; choose one of {', '.join(get_args(OutputType))}")
         if isinstance(class_labels, str | int):
             class_labels = [class_labels]
         labels = class_labels if isinstance(class_labels, Tensor) else torch.tensor(self.label_ids(class_labels))
@@ -149,6 +159,8 @@ class ImagePipeline:
             seed = generator.initial_seed()
         options = {"guidance_scale": guidance_scale, **sampler_options}
         if num_inference_steps is not None:
+            if "num_steps" not in self.sampler.config:
+                raise UserError(f"num_inference_steps: {type(self.sampler).__name__} has no steps to choose, it draws every token once")
             options["num_steps"] = num_inference_steps
         noise = ImageStreams(seed, range(len(labels)) if indices is None else indices)
         codes = self.sampler.with_options(**options).sample(self.generator, labels.to(self.device), noise, prefix=prefix)
@@ -198,4 +210,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no model here ({INDEX} is missing); give a folder written by genvision train, demo or import") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / INDEX}: damaged ({error}); write the model again") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{folder / INDEX}: holds no keys; write the model again")
     return index

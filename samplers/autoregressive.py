@@ -49,6 +49,10 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         if not 0 < top_p <= 1:
             raise UserError(f"top_p {top_p} is not allowed; give a probability in (0, 1], 1 is off")
 
+    def check(self, generator: Any) -> None:
+        if any(scale != 1 for scale in self.guidance.scales(generator.num_tokens)) and not generator.has_null_label:
+            raise UserError("this model was trained without class_dropout, so it has no null class to guide with; set guidance to 1")
+
     @torch.inference_mode()
     def sample(
         self,
@@ -73,6 +77,7 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         """
         if condition.dtype == torch.int64:
             check_labels(condition, generator.num_classes)
+        self.check(generator)
         num_known = 0 if prefix is None else prefix.shape[1]
         num_tokens = generator.num_tokens
         if num_known >= num_tokens:
@@ -98,8 +103,6 @@ class _Rows:
     def __init__(self, generator: Any, condition: Tensor, condition_mask: Tensor | None, guidance: Guidance, prefix: Tensor | None) -> None:
         self.generator, self.condition, self.mask = generator, condition, condition_mask
         self.scales = guidance.scales(generator.num_tokens)
-        if any(scale != 1 for scale in self.scales) and not generator.has_null_label:
-            raise UserError("this model was trained without class_dropout, so it has no null class to guide with; set guidance to 1")
         self.num_rows = condition.shape[0]
         self.tokens: list[Tensor] = [] if prefix is None else list(prefix.unbind(1))
         self.cache: Any = None

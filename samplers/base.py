@@ -32,6 +32,9 @@ class Sampler(ABC, ConfigMixin):
     ) -> Tensor:
         """Draw codes [B, h, w] for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only."""
 
+    def check(self, generator: Any) -> None:
+        """Raises UserError where these options are impossible with this generator."""
+
     def with_options(self: Self, **options: Any) -> Self:
         """The same sampler with some options changed; those given as None stay."""
         ours = {name: value for name, value in dict(self.config).items() if not name.startswith("_")}

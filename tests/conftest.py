@@ -1,4 +1,4 @@
-"""One thread for every test: two contended threads make small matrix products many times slower."""
+"""One thread for every test (two contended threads make small matrix products many times slower), and one tiny trained model."""
 
 import os
 
@@ -7,12 +7,77 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 torch.set_num_threads(1)
+
+TINY_TOKENIZER = {
+    "stage": "tokenizer",
+    "data": {"spec": "digits", "image_size": 8, "flip": False, "num_workers": 0},
+    "model": {
+        "name": "vq",
+        "codebook_size": 16,
+        "codebook_dim": 4,
+        "base_channels": 4,
+        "encoder_multipliers": [1, 2],
+        "num_res_blocks": 1,
+        "z_channels": 4,
+        "norm_groups": 2,
+    },
+    "train": {"num_steps": 3, "batch_size": 16, "ema_decays": [], "preview_every": 0},
+}
+TINY_MODEL = {
+    "stage": "generator",
+    "model": {"name": "llamagen", "hidden_dim": 32, "depth": 1, "num_heads": 2, "mlp_multiple_of": 8, "class_dropout": 0.5},
+    "optim": {"lr": 0.01},
+    "train": {"num_steps": 3, "batch_size": 16, "ema_decays": [], "checkpoint_every": 2, "preview_every": 0},
+}
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a VQ tokenizer for 8 x 8 digits, 4 x 4 tokens of 16 codes; trained for three steps."""
+    return _trained(tmp_path_factory.mktemp("vq"), TINY_TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def tiny_codes(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as codes of `tiny_tokenizer`."""
+    from genvision.jobs.encode import encode_data
+
+    folder = tmp_path_factory.mktemp("codes") / "digits"
+    encode_data(tiny_tokenizer, "digits", folder, batch_size=256)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_tokenizer: Path, tiny_codes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the training run (config.yaml, checkpoints, model) of a LlamaGen on `tiny_codes`."""
+    folder = tmp_path_factory.mktemp("llamagen")
+    return _trained(folder, {"tokenizer": str(tiny_tokenizer), "data": {"spec": f"encoded:{tiny_codes}"}} | TINY_MODEL).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_run: Path) -> Path:
+    """The finished pipeline folder of `tiny_run`. Tests copy it before they change it."""
+    return tiny_run / "model"
+
+
+def _trained(folder: Path, config: dict) -> Path:
+    from genvision.config import load_train_config
+    from genvision.jobs.train import run_training
+
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    resolved, _ = load_train_config(["--config", str(folder / "tiny.yaml"), "--output_dir", str(folder / "run")])
+    model = run_training(resolved)
+    assert model is not None
+    return model

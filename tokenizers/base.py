@@ -95,7 +95,7 @@ def load_component(folder: Path, registry: dict[str, str], kind: str) -> Any:
         raise UserError(f"{folder}: no {kind} here (config.json is missing); give a folder written by genvision train or import")
     try:
         name = json.loads(config_path.read_text())["_class_name"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{config_path}: not a component configuration ({error}); write the folder again") from error
     if name not in registry:
         raise UserError(f"{config_path}: class '{name}' is no {kind} of genvision; known are {', '.join(sorted(registry))}")

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from genvision.errors import UserError
 from genvision.kernels.attention import attention
 from genvision.tokenizers.base import Tokenizer, TokenizerSpec
 from genvision.tokenizers.quantizers import VectorQuantizer
@@ -71,6 +72,15 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         decoder_multipliers = decoder_multipliers or encoder_multipliers
+        sizes = {"codebook_size": codebook_size, "codebook_dim": codebook_dim, "base_channels": base_channels, "z_channels": z_channels}
+        for name, value in (sizes | {"num_res_blocks": num_res_blocks, "norm_groups": norm_groups}).items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        widths = [base_channels * multiplier for multiplier in (1, *encoder_multipliers, *decoder_multipliers)]
+        if any(width < 1 or width % norm_groups for width in widths):
+            raise UserError(f"norm_groups {norm_groups} must divide every width, but they are {sorted(set(widths))}")
+        if not 0 <= dropout <= 1:
+            raise UserError(f"dropout must lie in 0 .. 1, got {dropout}")
         self.encoder = Encoder(base_channels, encoder_multipliers, num_res_blocks, z_channels, norm_groups, dropout)
         self.decoder = Decoder(base_channels, decoder_multipliers, num_res_blocks, z_channels, norm_groups, dropout)
         self.quantize = VectorQuantizer(

@@ -3,10 +3,10 @@
 Shapes: B images of one process, H = W = image size, V views of an image.
 """
 
-import atexit
 import itertools
+import os
 import signal
-import weakref
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
@@ -334,11 +334,10 @@ def map_in_order(function: Callable[[K], V], keys: Iterable[K], num_workers: int
         sampler=keys,
         num_workers=num_workers,
         collate_fn=_as_is,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=_obey_main_alone,
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
-    iterator = iter(loader)
-    end = _EndAtExit(iterator)
+    iterator: Any = iter(loader)
     try:
         while True:
             try:
@@ -356,8 +355,8 @@ def map_in_order(function: Callable[[K], V], keys: Iterable[K], num_workers: int
                 raise result
             yield result
     finally:
-        end.cancel()
-        del iterator
+        # not left to the garbage collector: it may close the queues first, and then ending takes five seconds a worker
+        iterator._shutdown_workers()
 
 
 class _Mapped(Dataset[Any]):
@@ -373,26 +372,18 @@ class _Mapped(Dataset[Any]):
             return error
 
 
-class _EndAtExit:
-    """Ends workers before the interpreter's own exit, which would wait for them in vain: they ignore SIGTERM."""
-
-    def __init__(self, iterator: Any) -> None:
-        self.iterator = weakref.ref(iterator)
-        atexit.register(self.end)
-
-    def end(self) -> None:
-        iterator = self.iterator()
-        if iterator is not None:
-            iterator._shutdown_workers()
-
-    def cancel(self) -> None:
-        atexit.unregister(self.end)
-
-
-def _leave_signals_to_main(_: int) -> None:
-    """A signal to the whole group must reach the main process alone, which finishes its step and still needs its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _obey_main_alone(_: int) -> None:
+    """A signal to the whole process group must not end a worker: the main process finishes its step and needs it until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_main_says, daemon=True).start()
+
+
+def _end_when_main_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _as_is(value: Any) -> Any:

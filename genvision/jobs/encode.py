@@ -9,6 +9,7 @@ from accelerate import PartialState
 from genvision.data.datasets import bad_images_summary
 from genvision.data.encoded import encode_dataset
 from genvision.data.sources import OnBadImage, open_source
+from genvision.errors import UserError
 from genvision.tokenizers.base import content_hash, load_tokenizer
 
 
@@ -30,9 +31,11 @@ def encode_data(
     Raises:
         UserError: see `encode_dataset`; or the tokenizer cannot take images of this size.
     """
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {num_workers}")
     state = PartialState()
     network = load_tokenizer(tokenizer).to(state.device)
-    size = image_size or network.spec.image_size
+    size = network.spec.image_size if image_size is None else image_size
     network.check_image_size(size)
     index = encode_dataset(
         network,
@@ -41,7 +44,7 @@ def encode_data(
         image_size=size,
         tokenizer_hash=content_hash(network),
         crops=crops,
-        flip=flip,
+        flip=flip or crops == "ten",  # ten crops have their mirror images among them
         enlarge=enlarge,
         batch_size=batch_size,
         num_workers=num_workers,

@@ -30,10 +30,12 @@ def reconstruct_data(
     Raises:
         UserError: `out` is occupied; or see `reconstruct`.
     """
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {num_workers}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already holds another job's results; choose another --out")
     network = load_tokenizer(tokenizer).to(options.device)
-    size = image_size or network.spec.image_size
+    size = network.spec.image_size if image_size is None else image_size
     network.check_image_size(size)
     outcome = reconstruct(
         network,
@@ -51,6 +53,16 @@ def reconstruct_data(
     return outcome.result
 
 
-def best_device() -> str:
-    """What there is to compute on."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(name: str | None) -> str:
+    """The device of that name, or the best there is.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used ({' '.join(str(error).split())[:120]}); try cpu") from error
+    return name

@@ -4,6 +4,7 @@ The images are drawn in chunks; process r of w draws chunks r, r + w, ... A fold
 (.npz, .png) finished chunks wait in a folder beside it and are joined at the end.
 """
 
+import glob
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from genvision.images import Rounding, from_uint8, make_grid, save_npz, save_png
 from genvision.pipeline import ImagePipeline
 from genvision.progress import Progress
 from genvision.samplers.guidance import llamagen_stop
-from genvision.samplers.randomness import draw_labels
+from genvision.samplers.randomness import MAX_SEED, draw_labels
 from genvision.tokenizers.base import content_hash
 from genvision.training.state import write_atomically
 
@@ -49,6 +50,8 @@ class SampleRequest:
     def __post_init__(self) -> None:
         if self.num < 1:
             raise UserError(f"num must be at least 1, got {self.num}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed {self.seed} is outside 0 .. 2^64 - 1")
         if self.labels not in get_args(LabelLaw):
             raise UserError(f"labels '{self.labels}' is unknown; choose one of {', '.join(get_args(LabelLaw))}")
 
@@ -80,6 +83,7 @@ def sample(
     state = PartialState()
     pipeline = pipeline.to(state.device)
     pipeline.sampler = pipeline.sampler.with_options(**(sampler_options or {}))
+    pipeline.sampler.check(pipeline.generator)
     job = describe(pipeline, request, prefix)
     writer = _open_writer(out, job, pipeline.label_names, request)
     if state.is_main_process:
@@ -168,8 +172,7 @@ def known_tokens(pipeline: ImagePipeline, image_path: Path, keep: float) -> Tens
     """
     if not 0 < keep < 1:
         raise UserError(f"keep {keep} is not allowed; give the part of the image to keep, between 0 and 1")
-    spec = pipeline.tokenizer.spec
-    image = np.asarray(center_crop(open_image(image_path), spec.image_size))
+    image = np.asarray(center_crop(open_image(image_path), pipeline.image_size))
     codes = pipeline.tokenizer.encode(from_uint8(image[None]).to(pipeline.device))[0]  # [h, w]
     rows = round(keep * codes.shape[0])
     if not 0 < rows < codes.shape[0]:
@@ -180,7 +183,7 @@ def known_tokens(pipeline: ImagePipeline, image_path: Path, keep: float) -> Tens
 def _open_writer(out: Path, job: dict[str, Any], label_names: list[str], request: SampleRequest) -> "_FolderWriter | _FileWriter":
     if out.suffix in (".npz", ".png"):
         return _FileWriter(out, job, request, label_names)
-    if out.suffix:
+    if out.suffix[1:].isalpha() and not out.is_dir():  # but `samples_cfg1.5` is a folder
         raise UserError(f"{out}: '{out.suffix}' is no format for images; give a folder, *.npz or *.png")
     return _FolderWriter(out, job, request, label_names)
 
@@ -202,6 +205,11 @@ def _check_job(path: Path, job: dict[str, Any], out: Path, occupied: bool) -> No
         write_atomically(path, json.dumps(job, indent=2) + "\n")
 
 
+def _is_leftover(path: Path) -> bool:
+    """What a process leaves that is killed while it writes a file."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
 class _FolderWriter:
     """`000000.png`, `000001.png`, ... with `labels.json` and `job.json`."""
 
@@ -211,7 +219,11 @@ class _FolderWriter:
     def prepare(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; give a folder, *.npz or *.png")
-        _check_job(self.out / "job.json", self.job, self.out, self.out.is_dir() and any(self.out.iterdir()))
+        present = list(self.out.iterdir()) if self.out.is_dir() else []
+        leftovers = [path for path in present if _is_leftover(path)]
+        _check_job(self.out / "job.json", self.job, self.out, len(present) > len(leftovers))
+        for path in leftovers:
+            path.unlink()
 
     def _path(self, index: int) -> Path:
         return self.out / f"{index:06d}.png"
@@ -238,13 +250,18 @@ class _FileWriter:
 
     def prepare(self) -> None:
         _check_job(self.out.with_name(self.out.name + ".json"), self.job, self.out, self.out.exists())
-        self.parts.mkdir(parents=True, exist_ok=True)
+        for path in self.out.parent.glob(f".{glob.escape(self.out.name)}*.part"):
+            path.unlink()
+        if self.out.exists():
+            shutil.rmtree(self.parts, ignore_errors=True)
+        else:
+            self.parts.mkdir(parents=True, exist_ok=True)
 
     def _path(self, chunk: range) -> Path:
         return self.parts / f"{chunk.start:06d}-{chunk.stop:06d}.npy"
 
     def has(self, chunk: range) -> bool:
-        return self._path(chunk).is_file()
+        return self.out.exists() or self._path(chunk).is_file()
 
     def write(self, chunk: range, images: np.ndarray) -> None:
         part = self._path(chunk).with_suffix(".part")
@@ -253,6 +270,8 @@ class _FileWriter:
         part.replace(self._path(chunk))
 
     def finish(self, chunks: list[range]) -> None:
+        if self.out.exists():
+            return
         images = np.concatenate([np.load(self._path(chunk), allow_pickle=False) for chunk in chunks])
         labels = self.request.labels_of(range(self.request.num)).numpy()
         if self.out.suffix == ".npz":

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from genvision import __version__
 from genvision.config import save_config
@@ -49,14 +51,25 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
     Raises:
         UserError: the configuration, the data, the output folder or a checkpoint cannot be used.
     """
-    from accelerate import Accelerator
-
     output = Path(config.output_dir)
-    accelerator = Accelerator(mixed_precision=config.train.precision, log_with=config.train.tracker, project_dir=str(output))
+    _check_tracker(config.train.tracker)
+    try:
+        accelerator = Accelerator(mixed_precision=config.train.precision, log_with=config.train.tracker, project_dir=str(output))
+    except ValueError as error:
+        raise UserError(f"train.precision {config.train.precision}: {' '.join(str(error).split())}") from error
     job = _TokenizerJob(config) if config.stage == "tokenizer" else _GeneratorJob(config)
     if accelerator.is_main_process:
         _prepare_output(config, output, resume)
     accelerator.wait_for_everyone()
+    try:
+        return _run(config, accelerator, job, output, resume)
+    except UserError:
+        if accelerator.is_main_process:
+            _forget_empty_run(output)
+        raise
+
+
+def _run(config: TrainConfig, accelerator: Accelerator, job: "_TokenizerJob | _GeneratorJob", output: Path, resume: bool) -> Path | None:
     if config.train.tracker:
         accelerator.init_trackers("genvision", config={"config": yaml.safe_load((output / "config.yaml").read_text())})
     streams: list[BatchStream] = []
@@ -101,6 +114,20 @@ def _prepare_output(config: TrainConfig, output: Path, resume: bool) -> None:
         _check_same(saved, config)
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, saved)
+
+
+def _forget_empty_run(output: Path) -> None:
+    """Leave no folder behind a run that failed before its first step."""
+    if [path.name for path in output.iterdir()] == ["config.yaml"]:
+        (output / "config.yaml").unlink()
+        output.rmdir()
+
+
+def _check_tracker(name: str | None) -> None:
+    """Accelerate would leave out a tracker that is not installed with no more than a note in its log."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if name is not None and name not in available:
+        raise UserError(f"train.tracker {name}: is unknown or not installed; installed are: {', '.join(available) or 'none'}")
 
 
 def _check_same(saved: Path, config: TrainConfig) -> None:
@@ -174,6 +201,8 @@ class _GeneratorJob:
         if len(code_shape) != 2 or code_shape[0] != code_shape[1]:
             raise UserError(f"{data.spec}: codes of shape {code_shape} are no square grid, which llamagen needs")
         options = {name: value for name, value in config.model.items() if name != "name"}
+        if options.get("condition", "class") != "class":
+            raise UserError(f"model.condition {options['condition']}: the data has labels only; set it to class")
         names = list(self.dataset.label_names)
         num_classes = options.pop("num_classes", None) or len(names)
         highest = int(self.dataset.labels.max())

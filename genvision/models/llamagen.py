@@ -75,6 +75,14 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        sizes = {"codebook_size": codebook_size, "grid_size": grid_size, "hidden_dim": hidden_dim, "depth": depth, "num_heads": num_heads}
+        for name, value in (sizes | {"num_classes": num_classes, "mlp_multiple_of": mlp_multiple_of}).items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        rates = {"class_dropout": class_dropout, "token_dropout": token_dropout, "attention_dropout": attention_dropout}
+        for name, rate in (rates | {"residual_dropout": residual_dropout, "mlp_dropout": mlp_dropout, "drop_path": drop_path}).items():
+            if not 0 <= rate <= 1:
+                raise UserError(f"{name} must lie in 0 .. 1, got {rate}")
         num_kv_heads = num_kv_heads or num_heads
         if hidden_dim % num_heads or num_heads % num_kv_heads or (hidden_dim // num_heads) % 4:
             raise UserError(

@@ -23,6 +23,12 @@ class DataConfig:
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What an unreadable image does."""
 
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers must be at least 0, got {self.num_workers}")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"data.image_size must be at least 1, got {self.image_size}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -44,6 +50,15 @@ class OptimConfig:
     """Part of `lr` that cosine decay ends at."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; null leaves them."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "warmup_steps", "final_lr_ratio"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas must lie in [0, 1), got {self.betas}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UserError(f"optim.max_grad_norm must be above 0, got {self.max_grad_norm}; null turns it off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +96,9 @@ class LoopConfig:
         for name in ("num_steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("preview_every", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} must be at least 0, got {getattr(self, name)}")
         for decay in self.ema_decays:
             if not 0 < decay < 1:
                 raise UserError(f"train.ema_decays must lie between 0 and 1, got {decay}")
@@ -110,3 +128,7 @@ class TrainConfig:
     """Options of the stage's objective."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """Generator stage: default protocol of the sampler, used for previews and saved with the model."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must lie in 0 .. 2^63 - 1, got {self.seed}")

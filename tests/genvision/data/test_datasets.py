@@ -116,7 +116,7 @@ def test_flips_are_of_half_the_images_and_belong_to_the_position(source):
 
 
 def test_random_crops_change_from_epoch_to_epoch_and_with_the_seed(source):
-    data, other = random_crops(source), ImageDataset(source, 8, crop="random", seed=6)
+    data, other = (ImageDataset(source, 8, crop="random", seed=seed, enlarge_range=(1.0, 3.0)) for seed in (5, 6))
     views = torch.stack([data.get(position, 3)["images"] for position in range(5)] + [other.get(0, 3)["images"]])
     assert len(views.flatten(1).unique(dim=0)) == 6
 
@@ -236,13 +236,25 @@ class TestWorkers:
     def test_a_signal_to_the_group_leaves_them_at_work(self, source):
         iterator = iter(batches(random_crops(source), seed=1, batch_size=4, num_workers=2))
         first = next(iterator)
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGTERM)
-            os.kill(worker.pid, signal.SIGINT)
+        workers = multiprocessing.active_children()
+        for name in ("-TERM", "-INT"):
+            subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
         time.sleep(0.1)
+        assert all(worker.is_alive() for worker in workers)
         rest = list(itertools.islice(iterator, 10))
         iterator.close()
         assert_same([first, *rest], take(batches(random_crops(source), seed=1, batch_size=4), 11))
+
+    def test_main_can_end_a_stuck_one(self):
+        iterator = map_in_order(_sleep, [0, 60], 1)
+        next(iterator)
+        began = time.monotonic()
+        [worker] = multiprocessing.active_children()
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+        assert time.monotonic() - began < 5
+        iterator.close()
 
     def test_a_killed_one_is_reported_in_one_line(self, source):
         iterator = iter(batches(random_crops(source), seed=1, batch_size=4, num_workers=1))
@@ -269,6 +281,10 @@ class TestWorkers:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout) == (0, "0\n")
         assert "Traceback" not in done.stderr
+
+
+def _sleep(seconds):
+    time.sleep(seconds)
 
 
 def _divide(value):

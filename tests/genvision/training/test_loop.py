@@ -70,7 +70,7 @@ def run(output, stage=None, bad_steps=(), resume=False, **loop):
 
 
 def test_loss_falls_and_every_line_is_written(tmp_path):
-    stage, done = run(tmp_path, num_steps=100)
+    _, done = run(tmp_path, num_steps=100)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert done and [line["step"] for line in lines] == list(range(5, 101, 5))
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]

@@ -1,0 +1,302 @@
+"""Sampling jobs: the same images however they are run, interrupted or written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from genvision.cli import main
+from genvision.errors import UserError
+from genvision.images import from_uint8, to_uint8
+from genvision.jobs.sample import SampleRequest, known_tokens, sample, sample_from_folder
+from genvision.pipeline import ImagePipeline
+from genvision.samplers.randomness import draw_labels
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def draw(model: Path, out: Path, **options) -> None:
+    sample_from_folder(model, out, **{"num": 16, "batch_size": 16, "seed": 5, **options})
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory) -> Path:
+    """Images 0 .. 15 of the tiny model with guidance, drawn at once by one process."""
+    out = tmp_path_factory.mktemp("whole") / "images"
+    draw(tiny_model, out, sampler_options={"guidance_scale": 2.0})
+    return out
+
+
+@pytest.fixture
+def pipeline(tiny_model) -> ImagePipeline:
+    return ImagePipeline.from_pretrained(tiny_model)
+
+
+class TestTheSameImages:
+    @pytest.mark.parametrize("batch_size", [1, 4, 5])
+    def test_whatever_the_batch_size(self, tiny_model, whole, tmp_path, batch_size):
+        draw(tiny_model, tmp_path / "out", batch_size=batch_size, sampler_options={"guidance_scale": 2.0})
+        assert len(pictures(whole)) == 16
+        assert contents(tmp_path / "out") == contents(whole)
+
+    def test_in_codes_too(self, pipeline):
+        labels = [i % 10 for i in range(16)]
+        together = pipeline(labels, seed=5, guidance_scale=2.0).codes
+        for size in (1, 4):
+            parts = [
+                pipeline(labels[i : i + size], seed=5, indices=range(i, i + size), guidance_scale=2.0).codes for i in range(0, 16, size)
+            ]
+            assert torch.equal(torch.cat(parts), together)
+        assert len(together.flatten(1).unique(dim=0)) == 16  # not one image sixteen times
+
+    def test_from_two_processes(self, tiny_model, whole, tmp_path):
+        words = ["sample", "--model", str(tiny_model), "--num", "16", "--seed", "5", "--guidance", "2", "--batch-size", "3"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", "-m", "genvision"]
+        result = subprocess.run(
+            [*command, "--", *words, "--out", str(tmp_path / "out")],
+            cwd=ROOT,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        assert contents(tmp_path / "out") == contents(whole)
+
+    def test_from_a_longer_job(self, tiny_model, whole, tmp_path):
+        draw(tiny_model, tmp_path / "out", num=21, sampler_options={"guidance_scale": 2.0})
+        assert list(pictures(tmp_path / "out").items())[:16] == list(pictures(whole).items())
+
+    def test_but_not_from_another_seed(self, tiny_model, whole, tmp_path):
+        draw(tiny_model, tmp_path / "out", seed=6, sampler_options={"guidance_scale": 2.0})
+        assert not pictures(tmp_path / "out").items() & pictures(whole).items()
+
+
+class TestInterruption:
+    def test_missing_pictures_are_drawn_again(self, tiny_model, whole, tmp_path):
+        options = {"batch_size": 4, "sampler_options": {"guidance_scale": 2.0}}
+        out = tmp_path / "out"
+        draw(tiny_model, out, **options)
+        for name in ("000003.png", "000007.png", "000008.png", "labels.json"):
+            (out / name).unlink()
+        untouched = (out / "000013.png").stat().st_mtime_ns
+        draw(tiny_model, out, **options)
+        assert contents(out) == contents(whole)
+        assert (out / "000013.png").stat().st_mtime_ns == untouched
+
+    def test_a_killed_job_goes_on_and_ends_equal(self, tiny_model, tmp_path):
+        out = tmp_path / "out"
+        words = ["sample", "--model", str(tiny_model), "--num", "200", "--batch-size", "2", "--out"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "genvision", *words, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 60
+        while len(pictures(out)) < 10:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert 10 <= len(pictures(out)) < 200
+        (out / ".000199.png.123.part").write_bytes(b"half")  # as a kill in the middle of a write leaves it
+        main([*words, str(out)])
+        main([*words, str(tmp_path / "whole")])
+        assert contents(out) == contents(tmp_path / "whole")
+
+    def test_a_job_killed_before_its_first_image_goes_on(self, tiny_model, whole, tmp_path):
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / ".job.json.123.part").write_text("{")
+        draw(tiny_model, out, sampler_options={"guidance_scale": 2.0})
+        assert contents(out) == contents(whole)
+
+    def test_another_batch_size_may_finish_a_file(self, tiny_model, tmp_path):
+        class Stop(Exception):
+            pass
+
+        pipeline = ImagePipeline.from_pretrained(tiny_model)
+        decode, calls = pipeline.tokenizer.decode, []
+
+        def failing(codes):
+            calls.append(len(codes))
+            if len(calls) == 3:
+                raise Stop
+            return decode(codes)
+
+        pipeline.tokenizer.decode = failing
+        request = SampleRequest(num=16, classes=(1, 2))
+        with pytest.raises(Stop):
+            sample(pipeline, request, tmp_path / "out.npz", batch_size=4)
+        assert not (tmp_path / "out.npz").exists()
+        pipeline.tokenizer.decode = decode
+        sample(pipeline, request, tmp_path / "out.npz", batch_size=5)
+        sample(pipeline, request, tmp_path / "whole.npz", batch_size=16)
+        assert (tmp_path / "out.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+class TestFormats:
+    def test_a_folder_says_what_it_holds(self, whole):
+        content = json.loads((whole / "labels.json").read_text())
+        assert content["label_names"] == [str(i) for i in range(10)]
+        assert content["labels"] == {f"{i:06d}.png": i % 10 for i in range(16)}
+        job = json.loads((whole / "job.json").read_text())
+        assert (job["seed"], job["num"], job["dtype"], job["rounding"]) == (5, 16, "float32", "trunc127.5")
+        assert job["sampler"]["guidance_scale"] == 2.0
+        assert len(job["generator_hash"]) == len(job["tokenizer_hash"]) == 64
+
+    def test_an_npz_is_as_adm_reads_it(self, tiny_model, whole, tmp_path):
+        draw(tiny_model, tmp_path / "out.npz", sampler_options={"guidance_scale": 2.0})
+        with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
+            images, labels = file["arr_0"], file["arr_1"]
+        assert images.dtype == np.uint8 and images.shape == (16, 8, 8, 3)
+        assert labels.dtype == np.int64 and labels.tolist() == [i % 10 for i in range(16)]
+        for i, path in enumerate(sorted(whole.glob("*.png"))):
+            np.testing.assert_array_equal(np.asarray(Image.open(path)), images[i])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.npz.json"]
+
+    def test_a_grid_has_a_row_for_each_class(self, tiny_model, tmp_path):
+        draw(tiny_model, tmp_path / "grid.png", num=6, classes="7,2")
+        draw(tiny_model, tmp_path / "images", num=6, classes="7,2")
+        grid = np.asarray(Image.open(tmp_path / "grid.png"))
+        factor, gap = 8, 2  # 8 pixels are shown as 64
+        height, width = grid.shape[:2]
+        assert height == gap + 2 * (64 + gap)
+        left = width - 3 * (64 + gap)  # behind the names of the rows
+        images = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("*.png"))]
+        for row, numbers in enumerate(([1, 3, 5], [0, 2, 4])):  # class 2 above class 7
+            for column, i in enumerate(numbers):
+                y, x = gap + row * (64 + gap), left + column * (64 + gap)
+                np.testing.assert_array_equal(grid[y : y + 64 : factor, x : x + 64 : factor], images[i])
+
+    def test_a_finished_file_is_not_drawn_again(self, tiny_model, tmp_path, pipeline):
+        request = SampleRequest(num=4, classes=(1,))
+        sample(pipeline, request, tmp_path / "out.npz")
+        written = (tmp_path / "out.npz").stat().st_mtime_ns
+        sample(pipeline, request, tmp_path / "out.npz")
+        assert (tmp_path / "out.npz").stat().st_mtime_ns == written
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.npz.json"]
+
+
+class TestLabels:
+    def test_balanced_labels_go_through_the_classes_in_turn(self):
+        request = SampleRequest(num=7, classes=(4, 2, 9))
+        assert request.labels_of(range(7)).tolist() == [4, 2, 9, 4, 2, 9, 4]
+        assert request.labels_of([5, 1]).tolist() == [9, 2]
+
+    def test_random_labels_belong_to_the_image(self):
+        request = SampleRequest(num=2000, classes=(4, 2, 9), labels="random", seed=3)
+        labels = request.labels_of(range(2000))
+        assert torch.equal(labels, draw_labels(3, range(2000), [4, 2, 9]))
+        assert torch.equal(request.labels_of(range(100, 120)), labels[100:120])
+        counts = torch.bincount(labels, minlength=10)
+        assert counts.nonzero().flatten().tolist() == [2, 4, 9]
+        assert (counts[[2, 4, 9]] - 2000 / 3).abs().max() < 100
+
+    def test_labels_are_written_with_the_images(self, tiny_model, tmp_path):
+        draw(tiny_model, tmp_path / "out", num=20, labels="random", classes="1,8")
+        written = json.loads((tmp_path / "out" / "labels.json").read_text())["labels"]
+        assert list(written.values()) == draw_labels(5, range(20), [1, 8]).tolist()
+
+
+class TestCompletion:
+    @pytest.fixture
+    def picture(self, tmp_path) -> Path:
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
+        return tmp_path / "picture.png"
+
+    @pytest.mark.parametrize(("keep", "rows"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+    def test_the_upper_tokens_stay(self, pipeline, picture, keep, rows):
+        codes = pipeline.tokenizer.encode(from_uint8(np.asarray(Image.open(picture))[None]))
+        prefix = known_tokens(pipeline, picture, keep)
+        assert torch.equal(prefix, codes[0, :rows].flatten())
+        drawn = pipeline([0] * 8, prefix=prefix.expand(8, -1)).codes
+        assert torch.equal(drawn[:, :rows], codes[:, :rows].expand(8, -1, -1))
+        assert len(drawn[:, rows:].flatten(1).unique(dim=0)) > 1
+
+    def test_a_job_completes_every_image(self, tiny_model, pipeline, picture, tmp_path):
+        main(["sample", "--model", str(tiny_model), "--complete", str(picture), "--num", "4", "--out", str(tmp_path / "out.npz")])
+        prefix = known_tokens(pipeline, picture, 0.5)
+        expected = pipeline([0, 1, 2, 3], prefix=prefix.expand(4, -1), output_type="np").images
+        with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
+            np.testing.assert_array_equal(file["arr_0"], expected)
+        with pytest.raises(UserError, match="prefix"):  # another picture is another job
+            draw(tiny_model, tmp_path / "out.npz", num=4, seed=0)
+
+
+class TestOptions:
+    @pytest.fixture
+    def protocol(self, tiny_model, tmp_path):
+        """Options of the sampler that a command line leads to."""
+
+        def run(*words: str) -> dict:
+            out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            main(["sample", "--model", str(tiny_model), "--num", "1", "--out", str(out), *words])
+            return json.loads((out / "job.json").read_text())["sampler"]
+
+        return run
+
+    def test_the_models_own_protocol_holds_unless_told(self, protocol, pipeline):
+        expected = {name: value for name, value in dict(pipeline.sampler.config).items() if not name.startswith("_")}
+        assert protocol() == {"name": "AutoregressiveSampler", **expected}
+
+    def test_every_option_arrives(self, protocol):
+        found = protocol(
+            *("--guidance", "3", "--guidance-schedule", "cosine", "--guidance-interval", "[0.25, 0.5]"),
+            *("--temperature", "0.5", "--top-k", "7", "--top-p", "0.75"),
+        )
+        assert found == {
+            "name": "AutoregressiveSampler",
+            "guidance_scale": 3.0,
+            "guidance_schedule": "cosine",
+            "guidance_start": 0.25,
+            "guidance_stop": 0.5,
+            "temperature": 0.5,
+            "top_k": 7,
+            "top_p": 0.75,
+        }
+
+    @pytest.mark.parametrize(("interval", "stop"), [("-1", 1.0), ("0", 2 / 16), ("3", 5 / 16), ("100", 1.0)])
+    def test_llamagens_interval_guides_the_first_c_plus_2_tokens(self, protocol, interval, stop):
+        found = protocol("--guidance", "3", "--cfg-interval", interval)
+        assert (found["guidance_start"], found["guidance_stop"]) == (0.0, stop)
+
+    def test_guidance_outside_its_interval_changes_nothing(self, pipeline):
+        labels = list(range(8))
+        plain = pipeline(labels, guidance_scale=1.0).codes.flatten(1)
+        late = pipeline(labels, guidance_scale=9.0, guidance_start=0.5).codes.flatten(1)
+        assert torch.equal(late[:, :8], plain[:, :8])
+        assert not torch.equal(late[:, 8:], plain[:, 8:])
+
+    def test_the_rounding_rule_is_the_jobs(self, tiny_model, pipeline, tmp_path):
+        floats = pipeline([3], seed=5, output_type="pt").images
+        for rounding in ("trunc127.5", "trunc255", "round"):
+            draw(tiny_model, tmp_path / rounding.replace(".", "_"), num=1, classes="3", rounding=rounding)
+            written = np.asarray(Image.open(tmp_path / rounding.replace(".", "_") / "000000.png"))
+            np.testing.assert_array_equal(written, to_uint8(floats, rounding)[0])
+
+    def test_bfloat16_is_another_job(self, tiny_model, tmp_path):
+        draw(tiny_model, tmp_path / "out", num=2, dtype="bfloat16")
+        assert json.loads((tmp_path / "out" / "job.json").read_text())["dtype"] == "bfloat16"
+        with pytest.raises(UserError, match="dtype"):
+            draw(tiny_model, tmp_path / "out", num=2)
+
+    @pytest.mark.parametrize("name", ["checkpoint-3.5", "imagenet_cfg2.0"])
+    def test_a_folder_may_have_a_dot_in_its_name(self, tiny_model, tmp_path, name):
+        draw(tiny_model, tmp_path / name, num=1)
+        assert (tmp_path / name / "000000.png").is_file()

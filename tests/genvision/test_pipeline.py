@@ -1,0 +1,229 @@
+"""The pipeline object, its folder, and that the folder is one for diffusers too."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from genvision.errors import UserError
+from genvision.images import to_uint8
+from genvision.models.llamagen import LlamaGen
+from genvision.pipeline import ImagePipeline, read_index, save_parts
+from genvision.samplers.autoregressive import AutoregressiveSampler
+from genvision.tokenizers.base import content_hash
+from genvision.tokenizers.vq import VQTokenizer
+
+LABELS = ["cat", "dog", "2", "1"]
+
+
+def tiny_tokenizer(codebook_size: int = 16, **changes) -> VQTokenizer:
+    options = {"base_channels": 4, "encoder_multipliers": (1, 2), "num_res_blocks": 1, "z_channels": 4, "norm_groups": 2}
+    return VQTokenizer(image_size=8, codebook_size=codebook_size, codebook_dim=4, **(options | changes))
+
+
+def tiny_generator(codebook_size: int = 16, **changes) -> LlamaGen:
+    options = {"grid_size": 4, "hidden_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 4, "mlp_multiple_of": 8, "init_std": 0.2}
+    generator = LlamaGen(codebook_size=codebook_size, **(options | changes))
+    torch.nn.init.normal_(generator.head.weight)  # so that not all tokens are equally likely
+    return generator
+
+
+@pytest.fixture
+def pipeline() -> ImagePipeline:
+    return ImagePipeline(tiny_generator(), tiny_tokenizer(), AutoregressiveSampler(guidance_scale=2.0, top_k=8), LABELS)
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path) -> Path:
+    pipeline.save_pretrained(tmp_path / "model", {"trained_on": "nothing | much"})
+    return tmp_path / "model"
+
+
+class TestCall:
+    """Arguments as diffusers' DiTPipeline names them."""
+
+    def test_labels_are_names_or_indices(self, pipeline):
+        codes = pipeline([0, 1, 3, 2]).codes
+        assert torch.equal(pipeline(["cat", "dog", "1", "2"]).codes, codes)
+        assert torch.equal(pipeline(class_labels=torch.tensor([0, 1, 3, 2])).codes, codes)
+        assert pipeline.label_ids(["cat", 3, "1", "3"]) == [0, 3, 3, 3]  # "1" is the name of class 3
+        assert torch.equal(pipeline("cat").codes, codes[:1]) and torch.equal(pipeline(0).codes, codes[:1])
+
+    @pytest.mark.parametrize("label", [4, -1, "4", "bird", ""])
+    def test_labels_that_are_none(self, pipeline, label):
+        with pytest.raises(UserError, match=r"0 \.\. 3"):
+            pipeline([label])
+
+    def test_a_tensor_of_labels_is_checked_too(self, pipeline):
+        with pytest.raises(UserError, match="class 4 is out of range"):
+            pipeline(torch.tensor([4]))
+
+    def test_every_output_type_shows_the_same_images(self, pipeline):
+        floats = pipeline([0, 1, 2], output_type="pt").images
+        assert floats.shape == (3, 3, 8, 8) and floats.dtype == torch.float32 and floats.abs().max() <= 1
+        arrays = pipeline([0, 1, 2], output_type="np").images
+        assert arrays.shape == (3, 8, 8, 3) and arrays.dtype == np.uint8
+        np.testing.assert_array_equal(arrays, to_uint8(floats))
+        pictures = pipeline([0, 1, 2]).images
+        assert all(isinstance(picture, Image.Image) and picture.size == (8, 8) for picture in pictures)
+        np.testing.assert_array_equal(np.stack([np.asarray(picture) for picture in pictures]), arrays)
+        with pytest.raises(UserError, match="output_type 'latent' is unknown; choose one of pil, np, pt"):
+            pipeline([0], output_type="latent")
+
+    def test_a_generator_gives_its_seed(self, pipeline):
+        expected = pipeline([0, 1], seed=11).codes
+        assert torch.equal(pipeline([0, 1], generator=torch.Generator().manual_seed(11)).codes, expected)
+        assert not torch.equal(pipeline([0, 1], seed=12).codes, expected)
+
+    def test_options_are_those_of_the_sampler_for_one_call(self, pipeline):
+        greedy = pipeline([0, 0], temperature=0.0).codes
+        assert torch.equal(greedy[0], greedy[1])
+        assert torch.equal(pipeline([0], guidance_scale=2.0, top_k=8).codes, pipeline([0]).codes)
+        assert not torch.equal(pipeline([0, 1], guidance_scale=1.0).codes, pipeline([0, 1]).codes)
+        assert pipeline.sampler.config["temperature"] == 1.0
+        with pytest.raises(UserError, match=r"has no option 'topk'; it has guidance_scale, .*top_k"):
+            pipeline([0], topk=3)
+
+    def test_steps_are_refused_by_a_sampler_that_has_none(self, pipeline):
+        with pytest.raises(UserError, match="num_inference_steps: AutoregressiveSampler has no steps to choose"):
+            pipeline([0], num_inference_steps=50)
+
+    def test_global_randomness_is_neither_used_nor_moved(self, pipeline):
+        torch.manual_seed(1)
+        first, after = pipeline([0, 1]).codes, torch.rand(3)
+        torch.manual_seed(1)
+        assert torch.equal(torch.rand(3), after)
+        assert torch.equal(pipeline([0, 1]).codes, first)
+
+
+class TestFolder:
+    def test_a_loaded_pipeline_draws_the_same_images(self, pipeline, folder):
+        loaded = ImagePipeline.from_pretrained(folder)
+        assert loaded.label_names == LABELS
+        assert dict(loaded.sampler.config)["guidance_scale"] == 2.0
+        assert torch.equal(loaded([0, 1, 2], seed=3).codes, pipeline([0, 1, 2], seed=3).codes)
+        np.testing.assert_array_equal(
+            loaded([0, 1, 2], seed=3, output_type="np").images, pipeline([0, 1, 2], seed=3, output_type="np").images
+        )
+
+    def test_it_is_laid_out_as_diffusers_does(self, folder):
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        assert names == [
+            "README.md",
+            "generator/config.json",
+            "generator/diffusion_pytorch_model.safetensors",
+            "model_index.json",
+            "sampler/config.json",
+            "tokenizer/config.json",
+            "tokenizer/diffusion_pytorch_model.safetensors",
+        ]
+        index = read_index(folder)
+        assert index["generator"] == ["genvision.models.llamagen", "LlamaGen"]
+        assert index["tokenizer"] == ["genvision.tokenizers.vq", "VQTokenizer"]
+        assert index["sampler"] == ["genvision.samplers.autoregressive", "AutoregressiveSampler"]
+        assert index["id2label"] == dict(zip("0123", LABELS, strict=True))
+
+    def test_every_component_loads_alone(self, pipeline, folder):
+        generator = LlamaGen.from_pretrained(folder, subfolder="generator")
+        tokenizer = VQTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        sampler = AutoregressiveSampler.from_pretrained(folder, subfolder="sampler")
+        assert content_hash(generator) == content_hash(pipeline.generator)
+        assert content_hash(tokenizer) == content_hash(pipeline.tokenizer)
+        assert {name: sampler.config[name] for name in ("guidance_scale", "top_k", "top_p")} == {
+            "guidance_scale": 2,
+            "top_k": 8,
+            "top_p": 1,
+        }
+
+    def test_diffusers_finds_the_classes_by_itself(self, pipeline, folder):
+        class LabelPipeline(DiffusionPipeline):
+            def __init__(self, generator, tokenizer, sampler):
+                super().__init__()
+                self.register_modules(generator=generator, tokenizer=tokenizer, sampler=sampler)
+
+        loaded = LabelPipeline.from_pretrained(folder)
+        parts = loaded.components
+        assert {name: type(part) for name, part in parts.items()} == {
+            "generator": LlamaGen,
+            "tokenizer": VQTokenizer,
+            "sampler": AutoregressiveSampler,
+        }
+        again = ImagePipeline(parts["generator"], parts["tokenizer"], parts["sampler"], LABELS)
+        assert torch.equal(again([0, 1]).codes, pipeline([0, 1]).codes)
+
+    def test_dtype_is_the_generators_alone(self, folder):
+        loaded = ImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        assert (loaded.generator.dtype, loaded.tokenizer.dtype) == (torch.bfloat16, torch.float32)
+        assert loaded([0], output_type="np").images.shape == (1, 8, 8, 3)
+
+    def test_image_size_follows_from_the_generator(self):
+        pipeline = ImagePipeline(tiny_generator(grid_size=6), tiny_tokenizer(), AutoregressiveSampler(), LABELS)
+        assert pipeline.image_size == 12
+        assert pipeline([0], output_type="np").images.shape == (1, 12, 12, 3)
+
+    def test_a_tokenizer_of_another_codebook_is_refused(self, folder):
+        with pytest.raises(UserError, match="the generator predicts 16 codes, the tokenizer has 32"):
+            ImagePipeline(tiny_generator(), tiny_tokenizer(32), AutoregressiveSampler(), LABELS)
+        shutil.rmtree(folder / "tokenizer")
+        tiny_tokenizer(32).save_pretrained(folder / "tokenizer")
+        with pytest.raises(UserError, match="use the tokenizer that it was trained with"):
+            ImagePipeline.from_pretrained(folder)
+
+    def test_names_of_other_classes_are_refused(self, folder):
+        with pytest.raises(UserError, match="3 label names were given for a model of 4 classes"):
+            ImagePipeline(tiny_generator(), tiny_tokenizer(), AutoregressiveSampler(), LABELS[:3])
+        index = read_index(folder)
+        (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": "cat", "2": "dog"}}))
+        with pytest.raises(UserError, match=r"model_index.json: id2label must name the classes 0 \.\. 3"):
+            ImagePipeline.from_pretrained(folder)
+
+    @pytest.mark.parametrize("part", ["generator", "tokenizer", "sampler"])
+    def test_a_missing_component_is_named(self, folder, part):
+        shutil.rmtree(folder / part)
+        with pytest.raises(UserError, match=f"the {part} is missing"):
+            ImagePipeline.from_pretrained(folder)
+
+    def test_a_class_that_is_not_ours_is_refused(self, folder):
+        path = folder / "generator" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "DiTTransformer2DModel"}))
+        with pytest.raises(UserError, match="class 'DiTTransformer2DModel' is no generator of genvision; known are LlamaGen"):
+            ImagePipeline.from_pretrained(folder)
+
+    def test_components_may_come_one_after_another(self, pipeline, tmp_path):
+        save_parts(tmp_path / "model", {"tokenizer": pipeline.tokenizer})
+        with pytest.raises(UserError, match="the generator is missing"):
+            ImagePipeline.from_pretrained(tmp_path / "model")
+        save_parts(tmp_path / "model", {"generator": pipeline.generator, "sampler": pipeline.sampler})
+        loaded = ImagePipeline.from_pretrained(tmp_path / "model")
+        assert loaded.label_names == ["0", "1", "2", "3"]
+        assert torch.equal(loaded([0, 1]).codes, pipeline([0, 1]).codes)
+
+
+class TestCard:
+    def test_it_has_the_hubs_header(self, folder):
+        _, header, body = (folder / "README.md").read_text().split("---\n", 2)
+        metadata = yaml.safe_load(header)
+        assert metadata["library_name"] == "genvision"
+        assert metadata["pipeline_tag"] == "unconditional-image-generation"
+        assert "llamagen" in metadata["tags"]
+        assert body.lstrip().startswith("# LlamaGen, ")
+
+    def test_it_says_what_the_model_is_and_where_it_comes_from(self, pipeline, folder):
+        card = (folder / "README.md").read_text()
+        assert content_hash(pipeline.generator) in card and content_hash(pipeline.tokenizer) in card
+        assert "8 x 8 pixels" in card and "4 classes (cat, dog, 2, 1)" in card
+        assert "| trained on | `nothing \\| much` |" in card
+        protocol = json.loads(card.split("```json\n")[1].split("```")[0])
+        assert protocol["guidance_scale"] == 2.0 and protocol["top_k"] == 8
+
+    def test_its_example_runs(self, folder):
+        code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        scope: dict = {}
+        exec(code.replace("path/to/this/folder", str(folder)), scope)
+        assert len(scope["images"]) == 4

@@ -1,0 +1,99 @@
+"""Every recipe in configs/: it says what it costs and gives, loads, survives being written down, and trains one step."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from genvision.cli import main
+from genvision.config import MODELS, load_train_config, save_config, shipped_recipes
+from genvision.jobs.encode import encode_data
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = shipped_recipes()
+
+SMALL_MODELS: dict[str, dict[str, object]] = {
+    "llamagen": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "num_kv_heads": "null", "mlp_multiple_of": 8, "num_classes": "null"},
+    "vq": {"base_channels": 2, "num_res_blocks": 1, "z_channels": 4, "norm_groups": 2, "codebook_size": 16},
+}
+"""Arguments that make a model tiny, by `model.name`; everything else stays as the recipe has it."""
+SMALL_LOOP = {
+    "num_steps": 1,
+    "batch_size": 2,
+    "accumulation": 1,
+    "checkpoint_every": 1,
+    "precision": "no",
+    "compile": "false",
+    "tracker": "null",
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Two classes of three coloured pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        path = folder / ("cat" if i < 3 else "dog") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes(photos, tiny_tokenizer, tmp_path_factory) -> Path:
+    """The same as codes of the tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("codes") / "photos"
+    encode_data(tiny_tokenizer, f"folder:{photos}", folder, flip=True)
+    return folder
+
+
+def words(section: str, options: dict[str, object]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{section}.{name}", str(value))]
+
+
+def test_there_are_recipes_for_every_model():
+    assert {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.y*ml")} == set(RECIPES)
+    assert {load_train_config(["--config", recipe])[0].model["name"] for recipe in RECIPES} == set(MODELS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_opens_with_hardware_time_and_the_number_to_expect(recipe):
+    lines = (ROOT / "configs" / recipe).read_text().splitlines()
+    opening = " ".join(line.removeprefix("#") for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert re.search(r"\b(CPU|GPU)", opening)
+    assert re.search(r"\b(second|minute|hour|day)s?\b", opening)
+    assert re.search(r"Expect: .*\d", opening)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_the_same_after_it_was_saved(recipe, tmp_path):
+    config, resume = load_train_config(["--config", recipe])
+    assert not resume
+    save_config(config, tmp_path / "config.yaml")
+    assert load_train_config(["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_a_step(recipe, photos, codes, tiny_tokenizer, tmp_path):
+    config, _ = load_train_config(["--config", recipe])
+    small = words("model", SMALL_MODELS[config.model["name"]]) + words("train", SMALL_LOOP)
+    if config.stage == "tokenizer":
+        size = 2 * 2 ** (len(config.model["encoder_multipliers"]) - 1)
+        small += words("data", {"spec": f"folder:{photos}", "image_size": size, "num_workers": 0})
+    elif config.data.spec.startswith("encoded:"):
+        small += [*words("data", {"spec": f"encoded:{codes}"}), "--tokenizer", str(tiny_tokenizer)]
+    else:
+        small += [*words("data", {"spec": f"folder:{photos}", "image_size": 8, "num_workers": 0}), "--tokenizer", str(tiny_tokenizer)]
+    main(["train", "--config", recipe, "--output_dir", str(tmp_path / "run"), *small])
+
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "state.json").read_text())["skipped_steps"] == 0
+    assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == (1 if config.train.preview_every else 0)
+    part = "tokenizer" if config.stage == "tokenizer" else "generator"
+    with safe_open(tmp_path / "run" / "model" / part / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
