@@ -120,7 +120,7 @@ def _table(results: dict[str, Any], out: Path) -> str:
             f"  Inception Score, at most 10         {results['inception_score']:8.2f}",
             f"  equal to a training image           {results['copies']:8.1%}",
             "",
-            f"  guidance {sampler['guidance_scale']:g}, top-p {sampler['top_p']:g}, seed {results['seed']}, {results['seconds']:.0f} seconds",
+            f"  guidance {sampler['guidance_scale']:g}, top-p {sampler['top_p']:g}, seed {results['seed']}, {results['seconds']:.0f} s",
             f"  picture  {out / 'samples.png'}",
             f"  scores   {out / 'results.json'}",
             f"  model    {results['model']}",
