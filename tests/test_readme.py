@@ -1,0 +1,76 @@
+"""The README's commands are run as they stand there, on a tiny folder of photographs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genvision.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+TINY = {
+    "vq/vq_cifar10.yaml": "--train.num_steps 2 --train.batch_size 4 --model.base_channels 8 --model.codebook_size 16 --data.num_workers 0",
+    "llamagen/llamagen_cifar10.yaml": "--train.num_steps 2 --train.batch_size 4 --model.hidden_dim 32 --model.depth 1 --model.num_heads 2",
+}
+"""What makes the recipes of the tour small enough for a test."""
+
+
+def tour() -> list[str]:
+    block = re.search(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    return block[1].strip().splitlines()
+
+
+def test_the_tour_from_an_image_folder_to_a_scored_model_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "photos" / ("cat" if i < 6 else "dog") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(path)
+    commands = tour()
+    assert [command.split()[1] for command in commands] == ["train", "reconstruct", "encode", "train", "sample", "evaluate"]
+    for command in commands[:-1]:
+        words = shlex.split(command)[1:]
+        for recipe, changes in TINY.items():
+            if recipe in words:
+                words += shlex.split(changes)
+        main(words)
+    assert len(list((tmp_path / "runs/samples").glob("*.png"))) == 64
+    # the last command needs Inception's weights, which are not part of the project: it must ask for them in one line
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(commands[-1])[1:])
+    assert stop.value.code == 2
+
+
+def test_the_scores_of_the_tour_can_be_had_without_inception(tmp_path, monkeypatch):
+    """The same evaluate command, with the small digits network in Inception's place."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    for name in ("runs/samples", "photos/cat"):
+        for i in range(12):
+            path = tmp_path / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    words = shlex.split(tour()[-1])[1:]
+    at = words.index("--inception-weights")
+    main([*words[:at], "--extractor", "digits", *words[at + 2 :]])
+    assert (tmp_path / "runs/scores.json").is_file()
+
+
+def test_every_import_example_names_a_preset():
+    from genvision.presets import PRESETS
+
+    names = re.findall(r"genvision import (\S+) (\S+)", README)
+    assert names
+    for name, file in names:
+        assert PRESETS[name].file == file
+
+
+def test_pictures_and_pages_that_are_linked_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
