@@ -22,6 +22,7 @@ from genvision.jobs.encode import encode_data
 from genvision.jobs.sample import SampleRequest, sample
 from genvision.jobs.train import run_training
 from genvision.pipeline import ImagePipeline
+from genvision.samplers.randomness import ImageStreams
 from genvision.training.state import write_atomically
 
 NUM_SAMPLES, GRID_COLUMNS = 1000, 10
@@ -41,6 +42,7 @@ def run_demo(out: Path, *, seed: int = 0) -> str:
         raise UserError(f"{out}: already holds a finished demo; choose another --out, or delete it")
     if out.exists() and any(out.iterdir()) and not (out / "work").is_dir():
         raise UserError(f"{out}: already holds something else; choose another --out")
+    ImageStreams(seed, ())  # an impossible seed is refused before anything is written
     began = time.monotonic()
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)

@@ -264,8 +264,8 @@ def _encode_batches(tokenizer: Encoder, stream: OrderedBatches, progress: Progre
             with torch.inference_mode():
                 flat = tokenizer.encode(from_uint8(images.reshape(num * views, *images.shape[2:])).to(tokenizer.device))
             codes = flat.cpu().numpy().reshape(num, views, *flat.shape[1:])
-        yield codes, batch["labels"]
         progress.advance(len(chunk))
+        yield codes, batch["labels"]
 
 
 def _write_shard(folder: Path, shard: int, pairs: list[tuple[np.ndarray, np.ndarray]], codebook_size: int, bad: BadImages) -> None:
