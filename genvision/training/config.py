@@ -78,7 +78,8 @@ class LoopConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     ema_decays: tuple[float, ...] = (0.9999,)
-    """Averages of the weights that are kept; the first is what the saved model holds. Empty: the plain weights."""
+    """Averages of the weights that are kept; the first is what the saved model holds. Empty: the plain weights.
+    The decay is smaller in the first steps, see genvision.training.ema."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 5000

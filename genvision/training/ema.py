@@ -12,7 +12,8 @@ class EMA:
 
     Args:
         model: the source; read at construction and at every `update`.
-        decays: one average each; average <- decay * average + (1 - decay) * weights.
+        decays: one average each; average <- decay * average + (1 - decay) * weights. Early on the decay is smaller: at step n it is
+            at most (1 + n) / (10 + n), or a short run would end with an average of little but its random start.
     """
 
     @torch.no_grad()
@@ -22,13 +23,19 @@ class EMA:
         self._trained = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` steps of training."""
         source = self.model.state_dict()
         names = [name for name in source if name in self._trained]
         for decay, average in self.averages.items():
-            torch._foreach_lerp_([average[name] for name in names], [source[name] for name in names], 1 - decay)
+            torch._foreach_lerp_([average[name] for name in names], [source[name] for name in names], 1 - self.decay_at(step, decay))
             for name in source.keys() - self._trained:
                 average[name].copy_(source[name])
+
+    @staticmethod
+    def decay_at(step: int, decay: float) -> float:
+        """The decay in effect after `step` steps: `decay` in the end (from step 90,000 on if it is 0.9999)."""
+        return min(decay, (1 + step) / (10 + step))
 
     @contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:

@@ -128,7 +128,7 @@ class _Run:
                 extra = self._one_step(next(batches), log)
                 self.step += 1
                 extra |= self.stage.after_step(self.step, accelerator)
-                self.ema.update()
+                self.ema.update(self.step)
                 log.step_done(self.step, extra)
                 last = self.step == loop.num_steps
                 stop = self._agree(interrupt.asked) if accelerator.num_processes > 1 else interrupt.asked

@@ -17,25 +17,36 @@ def test_average_equals_the_formula_and_buffers_are_copied():
     model(torch.randn(8, 3))  # moves the running statistics of the batch norm
     with torch.no_grad():
         model[0].weight.add_(1)
-    ema.update()
+    ema.update(100)
     torch.testing.assert_close(ema.averages[0.9]["0.weight"], start + 0.1)
     torch.testing.assert_close(ema.averages[0.5]["0.weight"], start + 0.5)
     for name in ("1.running_mean", "1.num_batches_tracked"):
         assert torch.equal(ema.averages[0.9][name], model.state_dict()[name])
 
 
-def test_equals_the_average_of_diffusers():
+@pytest.mark.parametrize("num_steps", [5, 100])
+def test_equals_the_average_of_diffusers(num_steps):
     model = network()
-    ours, theirs = EMA(model, (0.9,)), EMAModel(model.parameters(), decay=0.9, min_decay=0.9)
+    ours, theirs = EMA(model, (0.9,)), EMAModel(model.parameters(), decay=0.9)
     theirs.step(model.parameters())  # its first step only copies
-    for _ in range(5):
+    for step in range(1, num_steps + 1):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        ours.update()
+        ours.update(step)
         theirs.step(model.parameters())
     for (name, _), shadow in zip(model.named_parameters(), theirs.shadow_params, strict=True):
         torch.testing.assert_close(ours.averages[0.9][name], shadow)
+
+
+def test_a_short_run_does_not_keep_its_random_start():
+    model = network()
+    ema = EMA(model, (0.9999,))
+    with torch.no_grad():
+        model[0].weight.add_(1000)
+    for step in range(1, 31):
+        ema.update(step)
+    torch.testing.assert_close(ema.averages[0.9999]["0.weight"], model[0].weight, rtol=1e-4, atol=0.1)
 
 
 def test_weights_come_back_bit_for_bit_after_use():
@@ -54,6 +65,6 @@ def test_weights_come_back_bit_for_bit_after_use():
 def test_without_decays_nothing_is_kept():
     model = network()
     ema = EMA(model, ())
-    ema.update()
+    ema.update(1)
     with ema.applied():
         assert ema.averages == {}
