@@ -1,22 +1,20 @@
-"""Feature extractors: uint8 images -> what the metrics compare.
+"""Feature extractors: uint8 images -> what the metrics compare. The contract, and the names by which extractors are chosen.
 
-`inception` is torch-fidelity's port of the TensorFlow Inception of 2015-12-05, the network of every published FID: bilinear resize to
-299 as TensorFlow 1 did it (no half-pixel centres, no antialiasing), features after the last pooling, logits without bias.
-`digits` is a small network that is trained on the spot (genvision.eval.digits); it needs no file and suits digits only.
+`inception` and `inception-clean` stand in genvision.eval.inception, `dinov2` in genvision.eval.dinov2, every extractor of torch-fidelity
+(`fidelity:NAME`) in genvision.eval.fidelity_extractors. `digits`, here, is a small network that is trained on the spot
+(genvision.eval.digits); it needs no file and suits digits only.
 
-Shapes: B images, D features, K logits.
+Shapes: B images, D features, K logits, S spatial features.
 """
 
 import copy
 import hashlib
-import io
-import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-from urllib.error import URLError
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 from genvision.errors import UserError
 
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+FIDELITY_PREFIX = "fidelity:"
 
 
 class Features(NamedTuple):
@@ -32,8 +30,10 @@ class Features(NamedTuple):
 
     features: Tensor
     """float32 [B, D]: compared by FID."""
-    logits: Tensor
-    """float32 [B, K]: scores of the classes, before the softmax; compared by the Inception Score."""
+    logits: Tensor | None
+    """float32 [B, K]: scores of the classes, before the softmax; compared by the Inception Score. None: not asked for, or none."""
+    spatial: Tensor | None = None
+    """float32 [B, S]: features that still know places; compared by sFID. None: not asked for, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,14 @@ class ExtractorOptions:
 
     inception_weights: Path | None = None
     """Inception's weights (.pth or .safetensors); without it the file in torch hub's folder is used."""
+    dinov2_weights: Path | None = None
+    """The weights of DINOv2's ViT-L/14, likewise."""
     download: bool = False
-    """Fetch Inception's weights when they are not there yet."""
+    """Fetch weights when they are not there yet."""
     device: str = "cpu"
     """Where the network runs; features always come back to the CPU."""
+    compile: bool = False
+    """Pass the network through torch.compile: half a minute at the start for a few hundredths of the time afterwards."""
 
 
 class Extractor(ABC):
@@ -54,43 +58,47 @@ class Extractor(ABC):
     name: str
     feature_dim: int
     num_logits: int
+    """0: it gives no logits."""
+    spatial_dim: int = 0
+    """0: it gives no spatial features."""
     resize: str
     """How images are brought to the network's size, in words for the result file."""
 
-    def __init__(self, network: nn.Module, device: str) -> None:
-        self.network = network.to(device).eval().requires_grad_(False)
-        self.device = device
-        self.weights_hash = tensors_hash(network.state_dict())
+    def __init__(self, network: nn.Module, options: ExtractorOptions, weights_hash: str | None = None) -> None:
+        self.device = options.device
+        self.weights_hash = weights_hash or tensors_hash(network.state_dict())
+        self.network = network.to(options.device).eval().requires_grad_(False)
+        if options.compile:
+            self.network.compile()
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray | Tensor) -> Features:
+    def __call__(self, images: np.ndarray | Tensor, *, want_logits: bool = True, want_spatial: bool = True) -> Features:
+        """Look at images.
+
+        Args:
+            want_logits: False leaves the logits out.
+            want_spatial: False leaves the spatial features out.
+
+        Raises:
+            UserError: the images are not uint8 [B, H, W, 3].
+        """
         assert not self.network.training, "an extractor in train mode gives wrong features"
-        features, logits = self.forward(as_pixels(images).to(self.device))
-        return Features(features.float().cpu(), logits.float().cpu())
+        with exact_float32():
+            found = self.forward(self._upload(images), want_logits=want_logits, want_spatial=want_spatial)
+        features, *others = (None if tensor is None else tensor.float().cpu() for tensor in found)
+        assert features is not None
+        return Features(features, *others)
 
     @abstractmethod
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 3, H, W] -> features [B, D], logits [B, K]."""
+    def forward(self, pixels: Tensor, *, want_logits: bool, want_spatial: bool) -> Features:
+        """uint8 [B, 3, H, W] on the device -> `Features` there."""
 
-
-class InceptionExtractor(Extractor):
-    """Inception of 2015-12-05: 2048 features after pooling, 1008 logits without bias."""
-
-    name = "inception"
-    feature_dim = 2048
-    num_logits = 1008
-    resize = "TensorFlow 1 bilinear to 299x299, no antialiasing"
-
-    def __init__(self, options: ExtractorOptions | None = None) -> None:
-        options = options or ExtractorOptions()
-        path = _find_inception_weights(options)
-        network = _build_inception(_read_tensors(path), path)
-        # channels_last takes a quarter off the time on CPUs and moves features by 4e-6 of their deviation
-        super().__init__(network.to(memory_format=torch.channels_last), options.device)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self.network(pixels)
-        return features, logits
+    def _upload(self, images: np.ndarray | Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> uint8 [B, 3, H, W] on the device."""
+        pixels = as_pixels(images)
+        if torch.device(self.device).type == "cuda" and pixels.device.type == "cpu":
+            pixels = pixels.permute(0, 2, 3, 1).contiguous().pin_memory().to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return pixels.to(self.device)
 
 
 class DigitsExtractor(Extractor):
@@ -104,31 +112,58 @@ class DigitsExtractor(Extractor):
     def __init__(self, options: ExtractorOptions | None = None) -> None:
         from genvision.eval.digits import digits_classifier
 
-        options = options or ExtractorOptions()
-        super().__init__(copy.deepcopy(digits_classifier("first")), options.device)
+        super().__init__(copy.deepcopy(digits_classifier("first")), options or ExtractorOptions())
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, *, want_logits: bool, want_spatial: bool) -> Features:
         features, logits = self.network(pixels)
-        return features, logits
+        return Features(features, logits if want_logits else None)
 
 
-EXTRACTORS: dict[str, Callable[[ExtractorOptions], Extractor]] = {"inception": InceptionExtractor, "digits": DigitsExtractor}
+def _inception(options: ExtractorOptions) -> Extractor:
+    from genvision.eval.inception import InceptionExtractor
+
+    return InceptionExtractor(options)
+
+
+def _inception_clean(options: ExtractorOptions) -> Extractor:
+    from genvision.eval.inception import CleanInceptionExtractor
+
+    return CleanInceptionExtractor(options)
+
+
+def _dinov2(options: ExtractorOptions) -> Extractor:
+    from genvision.eval.dinov2 import DINOv2Extractor
+
+    return DINOv2Extractor(options)
+
+
+EXTRACTORS: dict[str, Callable[[ExtractorOptions], Extractor]] = {
+    "inception": _inception,
+    "inception-clean": _inception_clean,
+    "dinov2": _dinov2,
+    "digits": DigitsExtractor,
+}
+"""Beside these, `fidelity:NAME` takes any extractor that torch-fidelity knows."""
 
 
 def load_extractor(name: str, options: ExtractorOptions | None = None) -> Extractor:
-    """Build the extractor called `name`.
+    """Build the extractor called `name`: one of EXTRACTORS, or `fidelity:NAME` for torch-fidelity's NAME.
 
     Raises:
         UserError: the name is unknown, the weights are missing or damaged, or the device is not there.
     """
-    if name not in EXTRACTORS:
-        raise UserError(f"extractor '{name}' is unknown; choose one of {', '.join(sorted(EXTRACTORS))}")
     options = options or ExtractorOptions()
+    if name not in EXTRACTORS and not name.startswith(FIDELITY_PREFIX):
+        raise UserError(f"extractor '{name}' is unknown; choose one of {', '.join(sorted(EXTRACTORS))}, or {FIDELITY_PREFIX}NAME")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{options.device}' cannot be used ({' '.join(str(error).split())[:120]}); try --device cpu") from error
-    return EXTRACTORS[name](options)
+    if name in EXTRACTORS:
+        return EXTRACTORS[name](options)
+    from genvision.eval.fidelity_extractors import FidelityExtractor  # brings torch-fidelity: 2 s
+
+    return FidelityExtractor(name.removeprefix(FIDELITY_PREFIX), options)
 
 
 def as_pixels(images: np.ndarray | Tensor) -> Tensor:
@@ -147,83 +182,30 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         if name.endswith("num_batches_tracked"):  # a counter of training, absent from the official file
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _find_inception_weights(options: ExtractorOptions) -> Path:
-    if options.inception_weights is not None:
-        path = Path(options.inception_weights)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; --inception-weights wants the file {INCEPTION_URL}")
-        return path
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name  # where torch-fidelity itself keeps it
-    if path.is_file():
-        return path
-    if not options.download:
-        raise UserError(f"no Inception weights; give `--inception-weights FILE` or `--download` ({INCEPTION_URL}, kept as {path})")
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 products without TF32 or bfloat16 inside, and the same ones every time, whatever the process has allowed for its models."""
+    backends: Any = torch.backends
+    switches: list[tuple[Any, str, Any]] = [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
+    if hasattr(backends.cudnn, "conv"):  # since torch 2.9; a process that has used these must not touch the older switches
+        products = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        switches += [(product, "fp32_precision", "ieee") for product in products]
+    else:
+        switches.append((backends.cudnn, "allow_tf32", False))
+    before = [getattr(owner, switch) for owner, switch, _ in switches]
+    matmul_precision = None if hasattr(backends.cudnn, "conv") else torch.get_float32_matmul_precision()
     try:
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path))
-    except (URLError, OSError) as error:
-        raise UserError(f"{INCEPTION_URL}: download failed ({error}); fetch it elsewhere and give `--inception-weights FILE`") from error
-    return path
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file; nothing in the file is executed."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many types; whatever it is, this file cannot be used
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not readable as Inception weights ({reason}); fetch {INCEPTION_URL} again") from error
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"{path}: Inception weights are a mapping of names to tensors, this is something else; fetch {INCEPTION_URL}")
-    return dict(content)
-
-
-def _build_inception(tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """torch-fidelity's network with the given tensors.
-
-    Its constructor unpickles a file without restraint, so it never sees the user's: it gets our own copy in memory of tensors that were
-    read safely, and what it then loads is compared with the network name by name.
-    """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # 2 s
-
-    class CheckedInception(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-            _check_tensors(state_dict, self.state_dict(), path)
-            return super().load_state_dict(state_dict, *args, **kwargs)
-
-    copy_in_memory = io.BytesIO()
-    torch.save(tensors, copy_in_memory)
-    copy_in_memory.seek(0)
-    with torch.random.fork_rng(devices=[]):  # the constructor first fills the layers with random numbers
-        network = CheckedInception("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=copy_in_memory)
-    return cast(nn.Module, network)
-
-
-def _check_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    names = {name for name in wanted if not name.endswith("num_batches_tracked")}
-    problems = {
-        "missing": sorted(names - set(given)),
-        "unexpected": sorted(set(given) - set(wanted)),
-        "misshapen": [
-            f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
-            for name in sorted(names & set(given))
-            if given[name].shape != wanted[name].shape
-        ],
-        "not finite": [name for name in sorted(names & set(given)) if not bool(torch.isfinite(given[name]).all())],
-    }
-    found = [f"{len(items)} {kind} ({_shorten(items)})" for kind, items in problems.items() if items]
-    if found:
-        raise UserError(f"{path}: not the {len(names)} tensors of Inception: {'; '.join(found)}; fetch {INCEPTION_URL}")
-
-
-def _shorten(items: list[str], limit: int = 5) -> str:
-    return ", ".join(items[:limit]) + (", ..." if len(items) > limit else "")
+        for owner, switch, value in switches:
+            setattr(owner, switch, value)
+        if matmul_precision is not None:
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for (owner, switch, _), value in zip(switches, before, strict=True):
+            setattr(owner, switch, value)
+        if matmul_precision is not None:
+            torch.set_float32_matmul_precision(matmul_precision)

@@ -1,7 +1,9 @@
-"""How much a tokenizer loses: rFID, PSNR, SSIM and the use of its codebook, from one pass over a set of images.
+"""How much a tokenizer loses: rFID, PSNR, SSIM, LPIPS and the use of its codebook, from one pass over a set of images.
 
 Originals and reconstructions are the same crops, as uint8: rFID compares a set with its own reconstructions, never with the
-statistics of another set.
+statistics of another set. Every process takes its share of the batches; a batch holds the same images whatever the number of processes.
+
+Shapes: N images, B images of a batch, K codes.
 """
 
 import sys
@@ -14,16 +16,32 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
+from genvision.data.datasets import ordered_batches
 from genvision.data.sources import ImageSource
 from genvision.errors import UserError
-from genvision.eval.features import Extractor
-from genvision.eval.job import small_sample_warning, software_versions
-from genvision.eval.metrics import Moments, frechet_distance, psnr, ssim
-from genvision.eval.sets import stream_images
-from genvision.images import Rounding, from_uint8, make_grid, to_uint8
+from genvision.eval.distributed import gather_rows, sum_moments
+from genvision.eval.features import Extractor, exact_float32, tensors_hash
+from genvision.eval.job import software_versions
+from genvision.eval.moments import Moments, frechet_distance
+from genvision.eval.pairs import PairKeeper, Pairs, pair_sheet
+from genvision.eval.pixels import PSNR_RANGE, psnr, ssims
+from genvision.images import Rounding, from_uint8, to_uint8
+from genvision.processes import process_state
+from genvision.progress import Progress
+from genvision.tokenizers.lpips import LPIPS
 from genvision.tokenizers.quantizers import CodebookUsage
+
+Interval = tuple[float, float]
+SCHEMA = "genvision.reconstruction/1"
+SSIM_RANGES = {"ssim": 1.0, "ssim_range2": 2.0}
+LPIPS_IMAGES = 8
+"""Pairs that go through VGG16 at once; 256 pixels of a pair take 130 MB there."""
+PUBLISHED_IMAGES = 50_000
+"""The validation images of ImageNet, of which published rFIDs are."""
+INTERVAL_METHOD = "95 %, standard error of the mean over images, Student's t"
 
 
 class Tokenizer(Protocol):
@@ -42,27 +60,55 @@ class Tokenizer(Protocol):
 class ReconstructionResult:
     """Scores of a tokenizer on one set, and what they depend on; docs/evaluation.md explains every field. None: not measured."""
 
-    rfid: float | None
+    schema: str = SCHEMA
+
+    rfid: float | None = None
     psnr: float
     ssim: float
     ssim_range2: float
-    codebook_usage: float | None
-    codebook_perplexity: float | None
-    codebook_size: int | None
+    lpips: float | None = None
+    codebook_usage: float | None = None
+    codebook_perplexity: float | None = None
+    codebook_entropy: float | None = None
+
+    psnr_interval: Interval | None = None
+    ssim_interval: Interval | None = None
+    ssim_range2_interval: Interval | None = None
+    lpips_interval: Interval | None = None
+    interval_method: str = INTERVAL_METHOD
+
+    codebook_size: int | None = None
+    num_codes: int | None = None
+    num_dead_codes: int | None = None
+    codebook_top_share: float | None = None
+
     num_images: int
     data: str
     data_fingerprint: str
     image_size: int
     crop: str
     rounding: str
-    extractor: str | None
-    extractor_hash: str | None
-    feature_dim: int | None
-    resize: str | None
+    tokenizer: str | None = None
+    tokenizer_hash: str | None = None
+
+    extractor: str | None = None
+    extractor_hash: str | None = None
+    feature_dim: int | None = None
+    resize: str | None = None
+    lpips_network: str | None = None
+    lpips_hash: str | None = None
+    psnr_data_range: float = PSNR_RANGE
+    ssim_data_range: float = SSIM_RANGES["ssim"]
+    feature_dtype: str = "float32"
+    statistics_dtype: str = "float64"
+
+    num_processes: int = 1
     batch_size: int
     device: str
     seconds: float
+    images_per_second: float
     versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -71,14 +117,14 @@ class Reconstruction:
     """What `reconstruct` gives."""
 
     result: ReconstructionResult
-    originals: np.ndarray
-    """The first images, uint8 [k, H, W, 3]."""
-    reconstructions: np.ndarray
-    """The same, after the tokenizer."""
+    pairs: list[Pairs]
+    """The first pairs of the set, the worst and the best."""
+    code_counts: np.ndarray | None = None
+    """int64 [K], how often each code occurred; None for continuous codes."""
 
     def grid(self, columns: int = 8) -> Image.Image:
-        """A picture of the pairs: a row of originals, the row of their reconstructions below, and so on."""
-        return pair_grid(self.originals, self.reconstructions, columns)
+        """A picture of the pairs with their values."""
+        return pair_sheet(self.pairs, columns)
 
 
 def reconstruct(
@@ -87,12 +133,15 @@ def reconstruct(
     *,
     image_size: int,
     extractor: Extractor | None = None,
+    lpips: LPIPS | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
     device: str = "cpu",
     rounding: Rounding = "trunc127.5",
     num_images: int | None = None,
     num_pairs: int = 8,
+    tokenizer_name: str | None = None,
+    tokenizer_hash: str | None = None,
     show_progress: bool = False,
 ) -> Reconstruction:
     """Encode and decode every image, and measure what comes back.
@@ -101,86 +150,170 @@ def reconstruct(
         tokenizer: on `device` already; a module is in eval mode meanwhile.
         image_size: both sides of ADM's centre crop.
         extractor: for rFID; None leaves rFID out.
+        lpips: on `device` already; None leaves LPIPS out.
         num_images: measure the first so many only; None measures all.
-        num_pairs: so many first images come back with their reconstructions.
+        num_pairs: so many first, worst and best pairs come back; worst and best by LPIPS if it is measured, else by PSNR.
+
+    Returns:
+        The same on every process, and but for the last bits of sums whatever their number.
 
     Raises:
-        UserError: fewer than 2 images, or the tokenizer changes their size.
+        UserError: fewer than 2 images, an image that cannot be read, or a tokenizer that changes their size or gives no finite numbers.
     """
-    num_measured = len(source) if num_images is None else min(num_images, len(source))
-    if num_measured < 2:
-        raise UserError(f"{source.spec}: a reconstruction needs at least 2 images, got {num_measured}; give more images")
+    if batch_size < 1 or num_pairs < 1:
+        raise UserError(f"batch_size and num_pairs must be at least 1, got {batch_size} and {num_pairs}")
+    num = len(source) if num_images is None else min(num_images, len(source))
+    if num < 2:
+        raise UserError(f"{source.spec}: a reconstruction needs at least 2 images, got {num}; give more images")
+    state = process_state(device)
     began = time.monotonic()
-    moments = [Moments(extractor.feature_dim) for _ in range(2)] if extractor else []
-    usage = CodebookUsage(tokenizer.spec.codebook_size) if tokenizer.spec.codebook_size is not None else None
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    scores = []
+    indices = np.arange(num)
+    share = indices[indices // batch_size % state.num_processes == state.process_index]
+    seen = _Seen(tokenizer.spec.codebook_size, extractor, lpips, device, num_pairs)
+    progress = Progress(len(share), "reconstruct", show=show_progress and state.is_main_process)
     with torch.no_grad(), _eval_mode(tokenizer):
-        for originals, _ in stream_images(
-            source,
-            image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            num_images=num_images,
-            show_progress=show_progress,
-            description="reconstruct",
-        ):
-            codes = tokenizer.encode(from_uint8(originals).to(device))
-            if usage:
-                usage.update(codes)
-            images = to_uint8(tokenizer.decode(codes), rounding)
-            if images.shape != originals.shape:
-                raise UserError(
-                    f"the tokenizer made {list(images.shape[1:3])} pixels of {image_size}; choose a multiple of its downsampling"
-                )
-            scores.append(np.stack([psnr(originals, images), ssim(originals, images), ssim(originals, images, data_range=2.0)]))
-            if extractor:
-                for side, batch in zip(moments, (originals, images), strict=True):
-                    side.update(extractor(batch).features)
-            if sum(len(pair[0]) for pair in pairs) < num_pairs:
-                pairs.append((originals, images))
-    warning = small_sample_warning(num_measured, f"the set {source.spec}", extractor) if extractor else None
-    warnings = [warning] if warning else []
-    for line in warnings:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
-    codebook = usage.summary() if usage else {}
-    means = np.concatenate(scores, axis=1).mean(axis=1)
+        for batch in ordered_batches(source, image_size, batch_size=batch_size, num_workers=num_workers, indices=share):
+            codes = tokenizer.encode(from_uint8(batch["images"]).to(device))
+            images = _to_pixels(tokenizer.decode(codes), image_size, rounding)
+            seen.add(batch["indices"], codes, batch["images"], images)
+            progress.advance(len(images))
+    progress.close()
+    scores, pairs, counts = seen.finish(num)
+    seconds = time.monotonic() - began
+    warnings = _warnings(num, source, extractor, lpips)
+    if state.is_main_process:
+        for line in warnings:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     result = ReconstructionResult(
-        rfid=frechet_distance(*moments) if extractor else None,
-        psnr=float(means[0]),
-        ssim=float(means[1]),
-        ssim_range2=float(means[2]),
-        codebook_usage=codebook.get("usage"),
-        codebook_perplexity=codebook.get("perplexity"),
+        **scores,
         codebook_size=tokenizer.spec.codebook_size,
-        num_images=num_measured,
+        num_images=num,
         data=source.spec,
         data_fingerprint=source.fingerprint(),
         image_size=image_size,
         crop=f"ADM centre crop to {image_size}",
         rounding=rounding,
+        tokenizer=tokenizer_name,
+        tokenizer_hash=tokenizer_hash,
         extractor=extractor.name if extractor else None,
         extractor_hash=extractor.weights_hash if extractor else None,
         feature_dim=extractor.feature_dim if extractor else None,
         resize=extractor.resize if extractor else None,
+        lpips_network=f"VGG16, {'linear layers of version 0.1' if lpips.is_published else 'unknown linear layers'}" if lpips else None,
+        lpips_hash=tensors_hash(lpips.state_dict()) if lpips else None,
+        num_processes=state.num_processes,
         batch_size=batch_size,
         device=device,
-        seconds=round(time.monotonic() - began, 2),
+        seconds=round(seconds, 2),
+        images_per_second=round(num / seconds, 2),
         versions=software_versions(),
+        notes=_notes(image_size, extractor, lpips, tokenizer.spec.codebook_size),
         warnings=warnings,
     )
-    first, second = (np.concatenate(side)[:num_pairs] for side in zip(*pairs, strict=True))
-    return Reconstruction(result=result, originals=first, reconstructions=second)
+    return Reconstruction(result=result, pairs=pairs, code_counts=counts)
 
 
-def pair_grid(originals: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> Image.Image:
-    """uint8 [k, H, W, 3] twice -> rows of originals, each with the row of its reconstructions below."""
-    columns = min(columns, len(originals))
-    rows = -(-len(originals) // columns)
-    white = np.full((rows * columns - len(originals), *originals.shape[1:]), 255, dtype=np.uint8)
-    sides = [np.concatenate([side, white]).reshape(rows, columns, *side.shape[1:]) for side in (originals, reconstructions)]
-    sheet = np.stack(sides, axis=1).reshape(-1, *originals.shape[1:])
-    return make_grid(sheet, columns, row_names=["original", "reconstruction"] * rows)
+class _Seen:
+    """What this process has seen so far, and how all processes put it together."""
+
+    def __init__(self, codebook_size: int | None, extractor: Extractor | None, lpips: LPIPS | None, device: str, num_pairs: int) -> None:
+        self.extractor, self.lpips, self.device = extractor, lpips, device
+        self.usage = CodebookUsage(codebook_size) if codebook_size is not None else None
+        self.moments = [Moments(extractor.feature_dim) for _ in range(2)] if extractor else []
+        """Of originals and of reconstructions."""
+        self.indices: list[np.ndarray] = []
+        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in ("psnr", *SSIM_RANGES, *(["lpips"] if lpips else []))}
+        """float64 arrays [B] of every batch: one number a pair."""
+        self.pairs = PairKeeper(num_pairs, "LPIPS" if lpips else "PSNR")
+
+    def add(self, indices: np.ndarray, codes: Tensor, originals: np.ndarray, images: np.ndarray) -> None:
+        """indices int64 [B] into the set, codes of any shape, both kinds of images uint8 [B, S, S, 3]."""
+        if self.usage:
+            self.usage.update(codes)
+        for moments, side in zip(self.moments, (originals, images), strict=False):
+            assert self.extractor is not None
+            moments.update(self.extractor(side, want_logits=False, want_spatial=False).features)
+        found = {"psnr": psnr(originals, images), **dict(zip(SSIM_RANGES, ssims(originals, images, [*SSIM_RANGES.values()]), strict=True))}
+        if self.lpips:
+            found["lpips"] = _lpips_of(self.lpips, originals, images, self.device)
+        for name, values in found.items():
+            self.rows[name].append(values)
+        self.indices.append(indices)
+        self.pairs.update(indices, found.get("lpips", found["psnr"]), originals, images)
+
+    def finish(self, num: int) -> tuple[dict[str, Any], list[Pairs], np.ndarray | None]:
+        """Fields of the result, pairs and counts of codes of all processes together, on every process."""
+        scores: dict[str, Any] = {}
+        for name, values in gather_rows(self.rows, self.indices, num).items():
+            scores[name], scores[f"{name}_interval"] = _mean_with_interval(values)
+        if self.moments:
+            # intervals of rFID need moments of blocks of pairs: they would be kept and summed here
+            scores["rfid"] = frechet_distance(*map(sum_moments, self.moments))
+        counts = None
+        if self.usage:
+            usage = self.usage.sum_over_processes()
+            summary, counts = usage.summary(), usage.counts.numpy()
+            scores |= {f"codebook_{name}": summary[name] for name in ("usage", "perplexity")}
+            scores |= {"codebook_entropy": summary["entropy_bits"], "codebook_top_share": usage.top_share()}
+            scores |= {"num_codes": int(counts.sum()), "num_dead_codes": usage.num_dead}
+        return scores, self.pairs.finish(num), counts
+
+
+def _to_pixels(decoded: Tensor, image_size: int, rounding: Rounding) -> np.ndarray:
+    if not bool(torch.isfinite(decoded).all()):
+        raise UserError("the tokenizer gave pixels that are not finite; its weights are damaged or its training diverged")
+    images = to_uint8(decoded, rounding)
+    if images.shape[1:] != (image_size, image_size, 3):
+        raise UserError(f"the tokenizer made {list(images.shape[1:3])} pixels of {image_size}; choose a multiple of its downsampling")
+    return images
+
+
+def _lpips_of(network: LPIPS, originals: np.ndarray, images: np.ndarray, device: str) -> np.ndarray:
+    """float64 [B], a few pairs at a time."""
+    parts = []
+    for start in range(0, len(images), LPIPS_IMAGES):
+        a, b = (from_uint8(side[start : start + LPIPS_IMAGES]).to(device) for side in (originals, images))
+        with exact_float32():
+            parts.append(network(a, b).double().cpu().numpy())
+    values: np.ndarray = np.concatenate(parts)
+    return values
+
+
+def _mean_with_interval(values: np.ndarray) -> tuple[float, Interval | None]:
+    """Mean of one number a pair, [N], and its 95 % interval; None where a number is infinite."""
+    mean = float(values.mean())
+    if not np.isfinite(mean):
+        return mean, None
+    half = float(student_t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean, (mean - half, mean + half)
+
+
+def _warnings(num: int, source: ImageSource, extractor: Extractor | None, lpips: LPIPS | None) -> list[str]:
+    lines = []
+    if extractor and num < extractor.feature_dim:
+        lines.append(
+            f"the set {source.spec} has {num} images, fewer than the {extractor.feature_dim} features: rFID is biased upwards; "
+            "compare it only with sets of the same size"
+        )
+    elif extractor and num < PUBLISHED_IMAGES and extractor.name != "digits":
+        lines.append(
+            f"published rFIDs are of {PUBLISHED_IMAGES:,} images; that of {num} reads higher, compare it only with sets of the same size"
+        )
+    if lpips and not lpips.is_published:
+        lines.append("the linear layers of LPIPS are not those of version 0.1, so the values are no published LPIPS")
+    return lines
+
+
+def _notes(image_size: int, extractor: Extractor | None, lpips: LPIPS | None, codebook_size: int | None) -> list[str]:
+    pixels = "PSNR takes pixels from 0 to 255; SSIM takes their range as 1 after division by 255, ssim_range2 as 2"
+    return [
+        f"rFID's reference is the same images, cropped in the same way (ADM centre crop to {image_size})"
+        if extractor
+        else "rFID not measured: no extractor",
+        pixels,
+        "LPIPS is of uint8 images scaled to [-1, 1]" if lpips else "LPIPS not measured: no weights were given",
+        *(["codebook use not measured: codes are continuous"] if codebook_size is None else []),
+    ]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -44,32 +45,49 @@ class ArraySource(ImageSource):
         digest.update(self.labels.data)
         return digest.hexdigest()
 
+    def content_hash(self, show_progress: bool = False) -> str:
+        return self.fingerprint()
 
-def stream_images(
+    def stored_formats(self) -> dict[str, int]:
+        return {"array": len(self)}
+
+
+class SetBatch(NamedTuple):
+    """Some images of a set."""
+
+    indices: np.ndarray
+    """int64 [B], their places in the set."""
+    images: np.ndarray
+    """uint8 [B, S, S, 3]"""
+    labels: np.ndarray
+    """int64 [B]"""
+
+
+def stream_batches(
     source: ImageSource,
     image_size: int | None = None,
     *,
     batch_size: int,
+    indices: np.ndarray | None = None,
     num_workers: int = 0,
-    num_images: int | None = None,
     show_progress: bool = False,
     description: str = "images",
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every image once, in order: uint8 [B, S, S, 3] and labels int64 [B].
+) -> Iterator[SetBatch]:
+    """Images of a set in the order of `indices`; every image once, in order, unless told.
 
     Args:
         image_size: side of ADM's centre crop; None takes images as they are, and they must all have the size of the first.
-        num_images: only the first so many.
+        indices: int64; the share of a process, say.
 
     Raises:
         UserError: an image cannot be read or has another size than the first.
     """
     size = find_image_size(source, image_size)
     checked = source if image_size is not None else _SameSize(source, size)
-    indices = np.arange(len(source))[:num_images]
-    progress = Progress(len(indices), description, show=show_progress)
-    for batch in ordered_batches(checked, size, batch_size=batch_size, num_workers=num_workers, indices=indices):
-        yield batch["images"], batch["labels"]
+    chosen = np.arange(len(source)) if indices is None else indices
+    progress = Progress(len(chosen), description, show=show_progress)
+    for batch in ordered_batches(checked, size, batch_size=batch_size, num_workers=num_workers, indices=chosen):
+        yield SetBatch(batch["indices"], batch["images"], batch["labels"])
         progress.advance(len(batch["images"]))
     progress.close()
 
@@ -116,3 +134,9 @@ class _SameSize(ImageSource):
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
+
+    def content_hash(self, show_progress: bool = False) -> str:
+        return self.source.content_hash(show_progress)
+
+    def stored_formats(self) -> dict[str, int]:
+        return self.source.stored_formats()

@@ -5,10 +5,61 @@ Nothing heavy is imported here: `genvision --help` must not wait for torch.
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from genvision.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """Options of everything that scores images."""
+
+    protocol: str | None = None
+    """adm, torch-fidelity, clean, edm2, first-is or digits; adm unless the extractor is digits."""
+    metrics: str | None = None
+    """names separated by commas: fid, sfid, is, pr, kid, fd_dinov2, class_accuracy; the protocol's own unless told."""
+    extractor: str | None = None
+    """another one than the protocol's: inception, inception-clean, dinov2, digits, or fidelity:NAME."""
+    inception_weights: Path | None = None
+    """local file of the Inception network's weights."""
+    dinov2_weights: Path | None = None
+    """local file of the weights of DINOv2 ViT-L/14."""
+    download: bool = False
+    """fetch weights that are not there."""
+    cache: Path | None = None
+    """folder in which statistics of references are kept; one of the user's unless told."""
+    no_cache: bool = False
+    """measure the reference anew and keep nothing."""
+    batch_size: int = 64
+    """images at a time."""
+    workers: int = 2
+    """processes that decode images."""
+    device: str | None = None
+    """cuda, cpu, ...; the best there is unless told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Options of everything that draws images; those of the sampler are the model's own unless told."""
+
+    classes: str = "all"
+    """indices or names, separated by commas; all of them unless told."""
+    seed: int = 0
+    """of the job; image i depends on (seed, i) alone, whatever the batch size or the number of processes."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """balanced goes through the classes in turn, random draws each label."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """how the guidance scale develops over the tokens."""
+    guidance_interval: tuple[float, float] | None = None
+    """parts of the tokens between which guidance is on, for example [0, 0.5]."""
+    cfg_interval: int | None = None
+    """the interval in LlamaGen's own terms; c guides the first c + 2 tokens, -1 all."""
+    rounding: Literal["trunc127.5", "trunc255", "round"] = "trunc127.5"
+    """how floats become bytes; trunc127.5 is what DiT, SiT and LlamaGen do."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the generator."""
 
 
 def demo(*, out: Path = Path("demo"), seed: int = 0) -> None:
@@ -86,22 +137,28 @@ def reconstruct(
     image_size: int | None = None,
     extractor: str = "inception",
     inception_weights: Path | None = None,
+    lpips: bool = False,
+    lpips_weights: Path | None = None,
+    vgg_weights: Path | None = None,
     download: bool = False,
     num: int | None = None,
     batch_size: int = 32,
     workers: int = 2,
     device: str | None = None,
 ) -> None:
-    """Measure a tokenizer on images: rFID, PSNR, SSIM, codebook usage; with a picture of what comes back.
+    """Measure a tokenizer on images: rFID, PSNR, SSIM, LPIPS, codebook usage; with a picture of what comes back.
 
     Args:
         tokenizer: folder of the tokenizer, or of a model that has one.
         data: digits, folder:PATH, parquet:GLOB or npz:FILE.
-        out: new folder for results.json and reconstructions.png.
+        out: new folder for results.json, reconstructions.png and, for discrete codes, codes.npz.
         image_size: side in pixels; the tokenizer's own unless told.
-        extractor: features for rFID: inception, digits, or none.
+        extractor: features for rFID: inception, digits, ... or none.
         inception_weights: local file of the Inception network's weights.
-        download: fetch the Inception weights if they are not there.
+        lpips: measure LPIPS, too; a file of its weights says so as well.
+        lpips_weights: local file of the linear layers of LPIPS 0.1, or of all its weights.
+        vgg_weights: local file of torchvision's VGG16, where the other does not hold it.
+        download: fetch the weights of Inception, and of LPIPS where it is asked for, if they are not there.
         num: measure the first so many images only.
         batch_size: images at a time.
         workers: processes that decode images.
@@ -109,7 +166,8 @@ def reconstruct(
     """
     from genvision.eval.features import ExtractorOptions
     from genvision.eval.report import format_table
-    from genvision.jobs.reconstruct import choose_device, reconstruct_data
+    from genvision.jobs.reconstruct import reconstruct_data
+    from genvision.processes import choose_device
 
     result = reconstruct_data(
         tokenizer,
@@ -118,81 +176,48 @@ def reconstruct(
         image_size=image_size,
         extractor=extractor,
         options=ExtractorOptions(inception_weights=inception_weights, download=download, device=choose_device(device)),
+        lpips=lpips,
+        lpips_weights=lpips_weights,
+        vgg_weights=vgg_weights,
         num=num,
         batch_size=batch_size,
         num_workers=workers,
     )
-    print(format_table(result))
+    _say(format_table(result))
 
 
 def sample(
     *,
     model: Path,
     out: Path,
-    classes: str = "all",
     num: int = 16,
-    seed: int = 0,
     guidance: float | None = None,
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    cfg_interval: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    labels: Literal["balanced", "random"] = "balanced",
     complete: Path | None = None,
     keep: float = 0.5,
     batch_size: int = 32,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    rounding: Literal["trunc127.5", "trunc255", "round"] = "trunc127.5",
+    drawing: Drawing,
 ) -> None:
     """Draw images from a model folder.
 
     Args:
         model: folder written by train, demo or import.
         out: a folder for PNG files, FILE.npz (ADM's layout) or FILE.png (one grid).
-        classes: indices or names, separated by commas; all of them unless told.
         num: how many images.
-        seed: of the job; image i depends on (seed, i) alone, whatever the batch size or the number of processes.
         guidance: classifier-free guidance scale, 1 is off; the model's default unless told, like all sampler options.
-        guidance_schedule: how the scale develops over the tokens.
-        guidance_interval: parts of the tokens between which guidance is on, for example [0, 0.5].
-        cfg_interval: the interval in LlamaGen's own terms; c guides the first c + 2 tokens, -1 all.
         temperature: of the draw; 0 takes the most likely token.
         top_k: draw from the k most likely tokens; 0 from all.
         top_p: draw from the smallest set of tokens of this probability.
-        labels: balanced goes through the classes in turn, random draws each label.
         complete: keep the upper part of this image and draw the rest.
         keep: the part that is kept, between 0 and 1.
         batch_size: images at a time.
-        dtype: of the generator.
-        rounding: how floats become bytes; trunc127.5 is what DiT, SiT and LlamaGen do.
     """
     from genvision.jobs.sample import sample_from_folder
 
-    options = {
-        "guidance_scale": guidance,
-        "guidance_schedule": guidance_schedule,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
-    sample_from_folder(
-        model,
-        out,
-        classes=classes,
-        num=num,
-        seed=seed,
-        labels=labels,
-        rounding=rounding,
-        sampler_options=options,
-        guidance_interval=guidance_interval,
-        cfg_interval=cfg_interval,
-        complete=complete,
-        keep=keep,
-        batch_size=batch_size,
-        dtype=dtype,
-    )
+    options = _drawing_options(drawing, guidance_scale=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    sample_from_folder(model, out, complete=complete, keep=keep, batch_size=batch_size, num=num, **options)
     print(out)
 
 
@@ -200,50 +225,132 @@ def evaluate(
     *,
     generated: str,
     reference: str | None = None,
-    metrics: str | None = None,
-    extractor: str = "inception",
     image_size: int | None = None,
-    inception_weights: Path | None = None,
-    download: bool = False,
     json: Path | None = None,
-    batch_size: int = 64,
-    workers: int = 2,
-    device: str | None = None,
+    html: Path | None = None,
+    scoring: Scoring,
 ) -> None:
-    """Score images against other images: FID, Inception Score.
+    """Score images against a reference: FID, sFID, Inception Score, precision and recall, KID, FD-DINOv2; with intervals.
 
     Args:
         generated: what is judged: folder:PATH, npz:FILE, parquet:GLOB, digits; or a path.
-        reference: what it is compared with, in the same forms.
-        metrics: names separated by commas: fid, is, class_accuracy; all that the reference and the extractor allow unless told.
-        extractor: inception, or digits.
+        reference: images in the same forms, or a file of statistics: ADM's npz, statistics written by genvision statistics.
         image_size: crop both sets to this side first; without it all images must have one size.
-        inception_weights: local file of the Inception network's weights.
-        download: fetch the Inception weights if they are not there.
-        json: file for the result with everything that moves the number.
-        batch_size: images at a time.
-        workers: processes that decode images.
-        device: cuda, cpu, ...; the best there is unless told.
+        json: file for the result with everything that moves the numbers.
+        html: file for the result as a page to look at.
     """
-    from genvision.eval.job import evaluate as run
-    from genvision.eval.report import format_table, write_json
-    from genvision.jobs.reconstruct import choose_device
+    from genvision.eval.report import format_table
+    from genvision.jobs.evaluate import evaluate_data, evaluation_options
 
-    result = run(
-        generated,
-        reference,
-        extractor=extractor,
-        metrics=metrics.split(",") if metrics else None,
-        batch_size=batch_size,
-        num_workers=workers,
-        inception_weights=inception_weights,
-        download=download,
-        device=choose_device(device),
-        image_size=image_size,
-    )
-    if json is not None:
-        write_json(result, json)
-    print(format_table(result))
+    options = evaluation_options(image_size=image_size, **asdict(scoring))
+    _say(format_table(evaluate_data(generated, reference, json=json, html=html, options=options)))
+
+
+def statistics(*, data: str, out: Path, image_size: int | None = None, scoring: Scoring) -> None:
+    """Measure a data set once and write its statistics, a reference that can be kept and sent to others.
+
+    Args:
+        data: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        out: new file, NAME.safetensors.
+        image_size: crop to this side first; without it all images must have one size.
+    """
+    from genvision.jobs.evaluate import evaluation_options
+    from genvision.jobs.statistics import write_data_statistics
+
+    _say(write_data_statistics(data, out, options=evaluation_options(image_size=image_size, **asdict(scoring))))
+
+
+def fid(
+    *,
+    model: Path,
+    out: Path,
+    num: int = 50_000,
+    reference: str | None = None,
+    guidance: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    keep: bool = False,
+    drawing: Drawing,
+    scoring: Scoring,
+) -> None:
+    """Draw images from a model and score them in one job, on any number of processes; goes on where it was interrupted.
+
+    Args:
+        model: folder written by train, demo or import.
+        out: folder for results.json, page.html and what a killed job needs to go on.
+        num: how many images; published numbers take 50,000. A larger number takes over what is there.
+        reference: images, or a file of statistics, as for evaluate.
+        guidance: classifier-free guidance scale, 1 is off; the model's default unless told, like all sampler options.
+        temperature: of the draw; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens; 0 from all.
+        top_p: draw from the smallest set of tokens of this probability.
+        keep: keep the images, too, as PNG files in OUT/images.
+    """
+    from genvision.eval.report import format_table
+    from genvision.jobs.evaluate import evaluation_options
+    from genvision.jobs.fid import fid_from_folder
+
+    drawn = _drawing_options(drawing, guidance_scale=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = evaluation_options(image_size=None, **asdict(scoring))
+    result = fid_from_folder(model, reference, out, batch_size=scoring.batch_size, keep=keep, options=options, num=num, **drawn)
+    _say(f"{format_table(result)}\n{out}")
+
+
+def sweep(
+    *,
+    model: Path,
+    out: Path,
+    reference: str,
+    num: int = 5000,
+    guidance: str | None = None,
+    temperature: str | None = None,
+    top_k: str | None = None,
+    top_p: str | None = None,
+    steps: str | None = None,
+    drawing: Drawing,
+    scoring: Scoring,
+) -> None:
+    """Score a model at several settings of its sampler: the curve of FID and Inception Score, and the best setting.
+
+    Args:
+        model: folder written by train, demo or import.
+        out: folder for sweep.json, sweep.html and a folder of each setting, which genvision fid --out takes over.
+        reference: images, or a file of statistics, as for evaluate.
+        num: images of each setting; those that are there are not drawn again.
+        guidance: scales to try: FIRST:LAST:STEP, or numbers separated by commas; with several options every combination is tried.
+        temperature: temperatures to try.
+        top_k: numbers of tokens to try.
+        top_p: probabilities to try.
+        steps: numbers of steps to try, for samplers that have steps.
+    """
+    from genvision.jobs.evaluate import evaluation_options
+    from genvision.jobs.sweep import format_sweep, parse_values
+    from genvision.jobs.sweep import sweep as run
+
+    given = {"guidance": guidance, "temperature": temperature, "top-k": top_k, "top-p": top_p, "steps": steps}
+    names = {"guidance": "guidance_scale", "top-k": "top_k", "top-p": "top_p", "steps": "num_steps"}
+    tried = {names.get(option, option): parse_values(text, option) for option, text in given.items() if text is not None}
+    options = evaluation_options(image_size=None, **asdict(scoring))
+    drawn = _drawing_options(drawing)
+    done = run(model, reference, out, options_to_try=tried, batch_size=scoring.batch_size, options=options, num=num, **drawn)
+    _say(f"{format_sweep(done)}\n{out}")
+
+
+def compare(*results: Path, html: Path | None = None) -> None:
+    """Put result files side by side, with the fields that differ marked.
+
+    Args:
+        results: JSON files written by evaluate, fid or reconstruct.
+        html: file for the comparison as a page to look at.
+    """
+    from genvision.eval.compare import compare as run
+    from genvision.eval.compare import format_comparison, write_comparison_page
+
+    comparison = run(list(results))
+    if html is not None:
+        write_comparison_page(html, comparison)
+    _say(format_comparison(comparison))
 
 
 def import_(name: str, file: Path, *, out: Path, weights: Literal["model", "ema"] | None = None) -> None:
@@ -278,7 +385,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "encode": encode,
     "reconstruct": reconstruct,
     "sample": sample,
+    "fid": fid,
+    "sweep": sweep,
     "evaluate": evaluate,
+    "statistics": statistics,
+    "compare": compare,
     "import": import_,
     "presets": presets,
 }
@@ -314,6 +425,20 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("genvision: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _drawing_options(drawing: Drawing, **sampler_options: float | None) -> dict[str, Any]:
+    """As genvision.jobs.sample.open_job takes them."""
+    options = asdict(drawing)
+    return options | {"sampler_options": {"guidance_schedule": options.pop("guidance_schedule"), **sampler_options}}
+
+
+def _say(text: str) -> None:
+    """Print for a job that may run on several processes; one of them speaks."""
+    from genvision.processes import process_state
+
+    if process_state().is_main_process:
+        print(text)
 
 
 def _run(name: str, words: list[str]) -> None:

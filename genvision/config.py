@@ -35,8 +35,9 @@ Command = Callable[..., None]
 def run_command(name: str, function: Command, argv: Sequence[str]) -> None:
     """Parse `argv` for a sub-command and call it.
 
-    Positional-or-keyword parameters become positional arguments, keyword-only ones options (`on_bad_image` is
-    `--on-bad-image`); types and defaults come from the signature, help from the docstring.
+    Positional-or-keyword parameters become positional arguments, `*parameters` one or more of them, keyword-only ones options
+    (`on_bad_image` is `--on-bad-image`), and a keyword-only dataclass an option for each of its fields; types and defaults come from the
+    signature, help from the docstring.
 
     Raises:
         UserError: an argument is unknown, missing or of a wrong type.
@@ -44,24 +45,46 @@ def run_command(name: str, function: Command, argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog=f"genvision {name}", description=inspect.getdoc(function).split("\n\n")[0], exit_on_error=False)  # type: ignore[union-attr]
     helps = {parameter.arg_name: parameter.description for parameter in parse_docstring(inspect.getdoc(function) or "").params}
     types = get_type_hints(function)
+    groups: dict[str, list[str]] = {}
+    several: str | None = None
     for parameter in inspect.signature(function).parameters.values():
-        options: dict[str, Any] = {"help": helps.get(parameter.name)}
+        kind, options = types[parameter.name], dict[str, Any](help=helps.get(parameter.name))
         required = parameter.default is inspect.Parameter.empty
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            parser.add_argument(
-                parameter.name, type=types[parameter.name], **options, **({} if required else {"nargs": "?", "default": parameter.default})
-            )
-        elif types[parameter.name] is bool:
-            parser.add_argument(_option(parameter.name), action="store_true", **options)
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            several = parameter.name
+            parser.add_argument(parameter.name, type=kind, nargs="+", **options)
+        elif dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            groups[parameter.name] = [field.name for field in dataclasses.fields(kind)]
+            _add_fields(parser, kind)
+        elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            parser.add_argument(parameter.name, type=kind, **options, **({} if required else {"nargs": "?", "default": parameter.default}))
         else:
-            options |= {"required": True} if required else {"default": parameter.default}
-            parser.add_argument(_option(parameter.name), type=types[parameter.name], **options)
+            _add_option(parser, parameter.name, kind, parameter.default, options["help"])
     known = [string for action in parser._actions for string in action.option_strings]
     try:
         values = parser.parse_args(list(argv)).as_dict()
     except (argparse.ArgumentError, ValueError) as error:
         raise UserError(f"{name}: {_explained(str(error), known)}") from error
-    function(**values)
+    for group, names in groups.items():
+        values[group] = types[group](**{field: values.pop(field) for field in names})
+    function(*(values.pop(several) if several else ()), **values)
+
+
+def _add_fields(parser: ArgumentParser, kind: type) -> None:
+    helps, types = attribute_docstrings(kind), get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        _add_option(parser, field.name, types[field.name], default, helps[field.name])
+
+
+def _add_option(parser: ArgumentParser, name: str, kind: Any, default: Any, text: str | None) -> None:
+    if kind is bool:
+        parser.add_argument(_option(name), action="store_true", help=text)
+    elif default is inspect.Parameter.empty:
+        parser.add_argument(_option(name), type=kind, required=True, help=text)
+    else:
+        parser.add_argument(_option(name), type=kind, default=default, help=text)
 
 
 def _option(name: str) -> str:

@@ -15,8 +15,7 @@ import torch
 from genvision.config import load_train_config
 from genvision.data.encoded import EncodedDataset
 from genvision.errors import UserError
-from genvision.eval.features import load_extractor
-from genvision.eval.job import digits_floor, measure_reference, score_arrays
+from genvision.eval.job import EvaluationOptions, digits_floor, score_arrays
 from genvision.images import make_grid, save_png, to_uint8
 from genvision.jobs.encode import encode_data
 from genvision.jobs.sample import SampleRequest, sample
@@ -77,9 +76,8 @@ def _trained(recipe: str, output: Path, seed: int, changes: list[str]) -> Path:
 
 
 def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, codes: Path, seed: int) -> dict[str, Any]:
-    extractor = load_extractor("digits")
-    reference = measure_reference(DATA, extractor)
-    result = score_arrays(images, labels, reference, extractor=extractor, name="samples.npz")
+    options = EvaluationOptions(protocol="digits", metrics=("fid", "is", "class_accuracy"), show_progress=False)
+    result = score_arrays(images, labels, DATA, name="samples.npz", options=options)
     floor = digits_floor()
     return {
         "class_accuracy": result.class_accuracy,

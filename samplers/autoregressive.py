@@ -53,6 +53,10 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         if any(scale != 1 for scale in self.guidance.scales(generator.num_tokens)) and not generator.has_null_label:
             raise UserError("this model was trained without class_dropout, so it has no null class to guide with; set guidance to 1")
 
+    def network_calls(self, generator: Any) -> int:
+        guided = [i for i, scale in enumerate(self.guidance.scales(generator.num_tokens)) if scale != 1]
+        return int(generator.num_tokens) + (guided[-1] - guided[0] + 1 if guided else 0)  # null rows are kept from first to last
+
     @torch.inference_mode()
     def sample(
         self,

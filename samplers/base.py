@@ -32,6 +32,10 @@ class Sampler(ABC, ConfigMixin):
     ) -> Tensor:
         """Draw codes [B, h, w] for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only."""
 
+    @abstractmethod
+    def network_calls(self, generator: Any) -> int:
+        """Evaluations of the network that one image costs; a conditional and a null row count one each."""
+
     def check(self, generator: Any) -> None:
         """Raises UserError where these options are impossible with this generator."""
 

@@ -479,7 +479,7 @@ class TestReconstruct:
     def test_success(self, tiny_tokenizer, photos, out, capsys):
         main(["reconstruct", "--tokenizer", str(tiny_tokenizer), "--data", f"folder:{photos}", "--out", str(out), "--extractor", "none"])
         assert "psnr" in capsys.readouterr().out.lower()
-        assert sorted(path.name for path in out.iterdir()) == ["reconstructions.png", "results.json"]
+        assert sorted(path.name for path in out.iterdir()) == ["codes.npz", "reconstructions.png", "results.json"]
 
     def test_bad_input_leaves_nothing(self, refused_cleanly, tiny_tokenizer, tmp_path, photos, out):
         (tmp_path / "empty").mkdir()

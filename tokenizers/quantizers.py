@@ -3,6 +3,7 @@
 Shapes: z [B, h, w, D] vectors, K codes, codes [B, h, w] int64.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,16 @@ class CodebookUsage:
     def update(self, codes: Tensor) -> None:
         self.counts += torch.bincount(codes.detach().flatten().cpu(), minlength=len(self.counts))
 
+    def sum_over_processes(self) -> "CodebookUsage":
+        """Counts of all processes together, on every process; every process must call it."""
+        from accelerate.utils import reduce
+
+        from genvision.processes import process_state
+
+        total = CodebookUsage(len(self.counts))
+        total.counts = reduce(self.counts.to(process_state().device), reduction="sum").cpu()
+        return total
+
     def summary(self) -> dict[str, float]:
         """`usage` in [0, 1], `perplexity` in [1, K] and `entropy_bits` in [0, log2 K]."""
         total = int(self.counts.sum())
@@ -118,9 +129,23 @@ class CodebookUsage:
         entropy = float(torch.special.entr(p).sum())
         return {
             "usage": float((self.counts > 0).double().mean()),
-            "perplexity": float(torch.tensor(entropy).exp()),
-            "entropy_bits": entropy / 0.6931471805599453,
+            "perplexity": math.exp(entropy),
+            "entropy_bits": entropy / math.log(2),
         }
+
+    @property
+    def num_dead(self) -> int:
+        """Codes that never occurred."""
+        return int((self.counts == 0).sum())
+
+    def top_share(self, part: float = 0.01) -> float:
+        """How much of everything the most frequent codes make up, in [0, 1].
+
+        Args:
+            part: of the codebook, at least one code; a codebook in even use gives `part` again.
+        """
+        num = max(1, round(part * len(self.counts)))
+        return int(self.counts.topk(num).values.sum()) / max(1, int(self.counts.sum()))
 
 
 @torch.no_grad()

@@ -5,8 +5,14 @@
 `parquet:GLOB`                              parquet files in the Hugging Face layout (image, label)
 `npz:FILE`                                  ADM's sample files: arr_0 uint8 [N, H, W, 3] and perhaps arr_1 labels
 
-A path alone means folder, parquet or npz by what it is. Images come back as plain RGB, as torchvision's ImageFolder gives
-them: transparency is dropped, and an EXIF rotation is not applied.
+A path alone means folder, parquet or npz by what it is. Images come back as plain RGB, as torchvision's ImageFolder gives them:
+
+1-bit and 8-bit grey      three equal channels
+16-bit grey or colour     the high byte of each value
+palette, CMYK, YCbCr, LAB converted by Pillow
+transparency              dropped: the colour below it counts
+32-bit whole numbers beyond 16 bits, and floating-point pixels: refused by name, since nobody says where white is
+EXIF rotation             not applied
 """
 
 import difflib
@@ -19,7 +25,11 @@ import os
 import struct
 import sys
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +37,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from genvision.errors import UserError
+from genvision.progress import track
 
 OnBadImage = Literal["stop", "skip"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FILE_ERRNOS = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}  # None: raised by Pillow itself
+FORMAT_SAMPLE = 1000
+"""Images whose storage format is looked at."""
+MAGIC = {"PNG": b"\x89PNG", "JPEG": b"\xff\xd8\xff", "BMP": b"BM", "WebP": b"RIFF"}
+HASH_THREADS = 8
+NPZ_ROWS = 64
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
@@ -76,7 +92,15 @@ class ImageSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 that changes with the number, order, labels and sizes of the images."""
+        """sha256 that changes with the number, order, labels and sizes of the images; cheap, reads no image."""
+
+    @abstractmethod
+    def content_hash(self, show_progress: bool = False) -> str:
+        """sha256 over the bytes of all images as they are stored, their order and their labels; reads all of them."""
+
+    @abstractmethod
+    def stored_formats(self) -> dict[str, int]:
+        """How the images are stored, by their first bytes: format to count, over at most FORMAT_SAMPLE images."""
 
 
 def open_source(spec: str) -> ImageSource:
@@ -158,6 +182,12 @@ class DigitsSource(ImageSource):
     def fingerprint(self) -> str:
         return _digest("digits", self.images, self.labels)
 
+    def content_hash(self, show_progress: bool = False) -> str:
+        return self.fingerprint()
+
+    def stored_formats(self) -> dict[str, int]:
+        return {"array": len(self)}
+
 
 class FolderSource(ImageSource):
     """Image files: class folders in sorted order, or a flat folder. Names that begin with a dot are no part of it."""
@@ -188,6 +218,16 @@ class FolderSource(ImageSource):
             except FileNotFoundError as error:
                 raise UserError(f"{self.name(index)}: the image is gone; run again to read the folder anew") from error
         return _digest("folder", self._names, np.array(sizes), self.labels)
+
+    def content_hash(self, show_progress: bool = False) -> str:
+        names = [self.name(index) for index in range(len(self))]
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            digests = [*track(pool.map(_file_hash, names), len(names), "hashing", show=show_progress)]
+        return _digest("folder", self._names, np.array(digests), self.labels)
+
+    def stored_formats(self) -> dict[str, int]:
+        names = (self.name(int(index)) for index in _spread(len(self)))
+        return _count_formats(Path(name).open("rb") for name in names)
 
     def _walk(self) -> list[str]:
         entries = sorted(_visible(self.root), key=lambda entry: entry.name)
@@ -259,13 +299,20 @@ class ParquetSource(ImageSource):
         self.labels, self.label_names = self._labels(features)
 
     def load(self, index: int) -> Image.Image:
+        return decode_rgb(self._bytes_or_path(index), self.name(index))
+
+    def _bytes_or_path(self, index: int) -> Any:
         if self._column is None:
             self._column = self._data.data.column(self.image_column)
         value = self._column[index].as_py()
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if data is None and path is None:
             raise BadImageError(self.name(index), "the row holds no image")
-        return decode_rgb(io.BytesIO(data) if data is not None else path, self.name(index))
+        return io.BytesIO(data) if data is not None else path
+
+    def _open_bytes(self, index: int) -> Any:
+        found = self._bytes_or_path(index)
+        return found if isinstance(found, io.BytesIO) else Path(found).open("rb")
 
     def name(self, index: int) -> str:
         ends = np.cumsum(self.row_counts)
@@ -275,6 +322,17 @@ class ParquetSource(ImageSource):
     def fingerprint(self) -> str:
         files = [(Path(file).name, Path(file).stat().st_size) for file in self.files]
         return _digest("parquet", np.array(json.dumps([files, self.row_counts])), self.labels)
+
+    def content_hash(self, show_progress: bool = False) -> str:
+        digest = hashlib.sha256(b"parquet")
+        for index in track(range(len(self)), len(self), "hashing", show=show_progress):
+            with self._open_bytes(index) as file:  # the rows that are used, not the files: `datasets` may hold older ones
+                digest.update(hashlib.sha256(file.read()).digest())
+        digest.update(self.labels.data)
+        return digest.hexdigest()
+
+    def stored_formats(self) -> dict[str, int]:
+        return _count_formats(self._open_bytes(int(index)) for index in _spread(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_column": None}
@@ -306,7 +364,7 @@ class NpzSource(ImageSource):
                 labels = file["arr_1"] if "arr_1" in names else None
             if "arr_0" in names:
                 self.images = _open_member(self.path, "arr_0.npy")
-        except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{self.path}: not an npz file, or damaged ({_one_line(error)}); write or copy it again") from error
         if "arr_0" not in names:
             raise UserError(f"{self.path}: has no arr_0 but {', '.join(names)}; expected images uint8 [N, H, W, 3] under arr_0")
@@ -330,6 +388,17 @@ class NpzSource(ImageSource):
         facts = [list(self.images.shape), self.path.stat().st_size]
         edges = [np.array(self.images[0]), np.array(self.images[-1])]
         return _digest("npz", np.array(json.dumps(facts)), *edges, self.labels)
+
+    def content_hash(self, show_progress: bool = False) -> str:
+        digest = hashlib.sha256(f"npz{self.images.shape}".encode())
+        starts = range(0, len(self), NPZ_ROWS)
+        for start in track(starts, len(starts), "hashing", unit="parts", show=show_progress):
+            digest.update(np.ascontiguousarray(self.images[start : start + NPZ_ROWS]).data)
+        digest.update(self.labels.data)
+        return digest.hexdigest()
+
+    def stored_formats(self) -> dict[str, int]:
+        return {"npz": len(self)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "images": None}
@@ -363,8 +432,13 @@ def _unknown(spec: str, scheme: str) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no stated range; write it as 8-bit PNG")
     if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, as Pillow does for 16-bit colour
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError("its pixels are 32-bit numbers of no stated range; write it as 8-bit or 16-bit PNG")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # keeps Pillow from warning
     return image.convert("RGB")
@@ -473,6 +547,36 @@ def _open_member(path: Path, member: str) -> np.ndarray:
         if dtype.hasobject or 0 in shape:
             raise ValueError(f"{member} is {dtype} {list(shape)}")
         return np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
+
+
+def _file_hash(name: str) -> str:
+    try:
+        with Path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_hash(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: the file is gone; run again to read the data anew") from error
+
+
+def _slow_hash(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _spread(num: int) -> np.ndarray:
+    """At most FORMAT_SAMPLE indices, evenly over all."""
+    return np.unique(np.linspace(0, num - 1, min(num, FORMAT_SAMPLE)).astype(np.int64))
+
+
+def _count_formats(files: Iterable[Any]) -> dict[str, int]:
+    """Format to count, by the first bytes; what no magic number is known of counts as `other`."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        with file:
+            head = file.read(12)
+        counts[next((name for name, magic in MAGIC.items() if head.startswith(magic)), "other")] += 1
+    return dict(counts)
 
 
 def _digest(kind: str, *arrays: np.ndarray) -> str:

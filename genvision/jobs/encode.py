@@ -4,12 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
-
 from genvision.data.datasets import bad_images_summary
 from genvision.data.encoded import encode_dataset
 from genvision.data.sources import OnBadImage, open_source
 from genvision.errors import UserError
+from genvision.processes import process_state
 from genvision.tokenizers.base import content_hash, load_tokenizer
 
 
@@ -33,7 +32,7 @@ def encode_data(
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {num_workers}")
-    state = PartialState()
+    state = process_state()
     network = load_tokenizer(tokenizer).to(state.device)
     size = network.spec.image_size if image_size is None else image_size
     network.check_image_size(size)

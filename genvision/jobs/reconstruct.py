@@ -1,5 +1,6 @@
-"""`genvision reconstruct`: how much of the user's own images a tokenizer keeps, in numbers and as a picture."""
+"""`genvision reconstruct`: how much of the user's own images a tokenizer keeps, in numbers and as a picture, on one or many processes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from genvision.eval.features import ExtractorOptions, load_extractor
 from genvision.eval.reconstruction import ReconstructionResult, reconstruct
 from genvision.eval.report import write_json
 from genvision.images import save_png
-from genvision.tokenizers.base import load_tokenizer
+from genvision.processes import process_state
+from genvision.tokenizers.base import content_hash, load_tokenizer
+from genvision.tokenizers.lpips import LPIPSOptions, load_lpips
 
 
 def reconstruct_data(
@@ -21,48 +24,65 @@ def reconstruct_data(
     image_size: int | None = None,
     extractor: str = "inception",
     options: ExtractorOptions,
+    lpips: bool = False,
+    lpips_weights: Path | None = None,
+    vgg_weights: Path | None = None,
     num: int | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> ReconstructionResult:
-    """Measure, and write `results.json` and `reconstructions.png` into `out`.
+    """Measure, and write `results.json`, `reconstructions.png` and, for discrete codes, `codes.npz` (`counts` [K]) into `out`.
+
+    Args:
+        options: its device and leave to download also hold for LPIPS.
+        lpips: measure LPIPS, too; a weights file says so as well.
+
+    Returns:
+        The result, on every process; the main one writes.
 
     Raises:
-        UserError: `out` is occupied; or see `reconstruct`.
+        UserError: `out` is occupied; or see `reconstruct`, `load_extractor` and `load_lpips`.
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {num_workers}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already holds another job's results; choose another --out")
-    network = load_tokenizer(tokenizer).to(options.device)
+    on_cpu = torch.device(options.device).type == "cpu"
+    state = process_state(options.device)
+    device = options.device if on_cpu or state.num_processes == 1 else str(state.device)
+    network = load_tokenizer(tokenizer).to(device)
     size = network.spec.image_size if image_size is None else image_size
     network.check_image_size(size)
+    with state.main_process_first():  # it alone fetches what is missing
+        features = None if extractor == "none" else load_extractor(extractor, replace(options, device=device))
+        metric = None
+        if lpips or lpips_weights is not None or vgg_weights is not None:
+            files = LPIPSOptions(lpips_weights=lpips_weights, vgg_weights=vgg_weights, download=options.download, device=device)
+            metric = load_lpips(files)
     outcome = reconstruct(
         network,
         open_source(data),
         image_size=size,
-        extractor=None if extractor == "none" else load_extractor(extractor, options),
+        extractor=features,
+        lpips=metric,
         batch_size=batch_size,
         num_workers=num_workers,
-        device=options.device,
+        device=device,
         num_images=num,
+        tokenizer_name=str(tokenizer),
+        tokenizer_hash=content_hash(network),
         show_progress=True,
     )
-    write_json(outcome.result, out / "results.json")
-    save_png(outcome.grid(), out / "reconstructions.png")
+    if state.is_main_process:
+        write_json(outcome.result, out / "results.json")
+        save_png(outcome.grid(), out / "reconstructions.png")
+        if outcome.code_counts is not None:
+            _save_counts(outcome.code_counts, out / "codes.npz")
     return outcome.result
 
 
-def choose_device(name: str | None) -> str:
-    """The device of that name, or the best there is.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used ({' '.join(str(error).split())[:120]}); try cpu") from error
-    return name
+def _save_counts(counts: np.ndarray, path: Path) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, counts=counts)
+    part.replace(path)

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from genvision.data.sources import open_image
@@ -22,6 +21,7 @@ from genvision.data.transforms import center_crop
 from genvision.errors import UserError
 from genvision.images import Rounding, from_uint8, make_grid, save_npz, save_png
 from genvision.pipeline import ImagePipeline
+from genvision.processes import process_state
 from genvision.progress import Progress
 from genvision.samplers.guidance import llamagen_stop
 from genvision.samplers.randomness import MAX_SEED, draw_labels
@@ -68,22 +68,18 @@ def sample(
     out: Path,
     *,
     batch_size: int = 32,
-    sampler_options: dict[str, Any] | None = None,
     prefix: Tensor | None = None,
 ) -> None:
     """Draw the images and write them to `out`: a folder of PNG files, `*.npz` (ADM's layout) or `*.png` (one grid).
 
     Args:
-        sampler_options: changes of the model's default protocol.
         prefix: known first tokens [n] of every image.
 
     Raises:
         UserError: `out` holds another job's results.
     """
-    state = PartialState()
+    state = process_state()
     pipeline = pipeline.to(state.device)
-    pipeline.sampler = pipeline.sampler.with_options(**(sampler_options or {}))
-    pipeline.sampler.check(pipeline.generator)
     job = describe(pipeline, request, prefix)
     writer = _open_writer(out, job, pipeline.label_names, request)
     if state.is_main_process:
@@ -107,29 +103,49 @@ def sample(
 
 
 def sample_from_folder(
-    model: Path,
-    out: Path,
-    *,
-    classes: str = "all",
-    num: int = 16,
-    seed: int = 0,
-    labels: LabelLaw = "balanced",
-    rounding: Rounding = "trunc127.5",
-    sampler_options: dict[str, Any] | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    cfg_interval: int | None = None,
-    complete: Path | None = None,
-    keep: float = 0.5,
-    batch_size: int = 32,
-    dtype: str = "float32",
+    model: Path, out: Path, *, complete: Path | None = None, keep: float = 0.5, batch_size: int = 32, **options: Any
 ) -> None:
     """`sample` with everything as the command line gives it.
+
+    Args:
+        complete: an image whose upper part `keep` all images share.
+        options: see `open_job`.
 
     Raises:
         UserError: the folder is no model, a class is unknown, an option is impossible, or `out` is occupied.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    pipeline, request = open_job(model, **options)
+    prefix = known_tokens(pipeline, complete, keep) if complete is not None else None
+    sample(pipeline, request, out, batch_size=batch_size, prefix=prefix)
+
+
+def open_job(
+    model: Path,
+    *,
+    num: int = 16,
+    classes: str = "all",
+    seed: int = 0,
+    labels: LabelLaw = "balanced",
+    rounding: Rounding = "trunc127.5",
+    sampler_options: dict[str, Any] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    cfg_interval: int | None = None,
+    dtype: str = "float32",
+) -> tuple[ImagePipeline, SampleRequest]:
+    """The pipeline with its sampler set as asked for, and the images that are wanted of it.
+
+    Args:
+        classes: indices or names, separated by commas, or `all`.
+        sampler_options: changes of the model's default protocol; those given as None stay.
+        guidance_interval: parts of the tokens between which guidance is on.
+        cfg_interval: the same in LlamaGen's terms.
+        dtype: of the generator.
+
+    Raises:
+        UserError: the folder is no model, a class is unknown, or an option is impossible.
+    """
     pipeline = ImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
     if classes == "all":
         chosen = list(range(len(pipeline.label_names)))
@@ -142,9 +158,9 @@ def sample_from_folder(
         options["guidance_start"], options["guidance_stop"] = guidance_interval
     if cfg_interval is not None:
         options["guidance_stop"] = llamagen_stop(cfg_interval, pipeline.generator.num_tokens)
-    request = SampleRequest(num=num, classes=tuple(chosen), seed=seed, labels=labels, rounding=rounding)
-    prefix = known_tokens(pipeline, complete, keep) if complete is not None else None
-    sample(pipeline, request, out, batch_size=batch_size, sampler_options=options, prefix=prefix)
+    pipeline.sampler = pipeline.sampler.with_options(**options)
+    pipeline.sampler.check(pipeline.generator)
+    return pipeline, SampleRequest(num=num, classes=tuple(chosen), seed=seed, labels=labels, rounding=rounding)
 
 
 def describe(pipeline: ImagePipeline, request: SampleRequest, prefix: Tensor | None = None) -> dict[str, Any]:
@@ -160,6 +176,7 @@ def describe(pipeline: ImagePipeline, request: SampleRequest, prefix: Tensor | N
         "generator_hash": content_hash(pipeline.generator),
         "tokenizer_hash": content_hash(pipeline.tokenizer),
         "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
+        "network_calls": pipeline.sampler.network_calls(pipeline.generator),
         "prefix": prefix.tolist() if prefix is not None else None,
     }
 
@@ -180,12 +197,12 @@ def known_tokens(pipeline: ImagePipeline, image_path: Path, keep: float) -> Tens
     return codes[:rows].flatten()
 
 
-def _open_writer(out: Path, job: dict[str, Any], label_names: list[str], request: SampleRequest) -> "_FolderWriter | _FileWriter":
+def _open_writer(out: Path, job: dict[str, Any], label_names: list[str], request: SampleRequest) -> "FolderWriter | _FileWriter":
     if out.suffix in (".npz", ".png"):
         return _FileWriter(out, job, request, label_names)
     if out.suffix[1:].isalpha() and not out.is_dir():  # but `samples_cfg1.5` is a folder
         raise UserError(f"{out}: '{out.suffix}' is no format for images; give a folder, *.npz or *.png")
-    return _FolderWriter(out, job, request, label_names)
+    return FolderWriter(out, job, request, label_names)
 
 
 def _check_job(path: Path, job: dict[str, Any], out: Path, occupied: bool) -> None:
@@ -210,7 +227,7 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
-class _FolderWriter:
+class FolderWriter:
     """`000000.png`, `000001.png`, ... with `labels.json` and `job.json`."""
 
     def __init__(self, out: Path, job: dict[str, Any], request: SampleRequest, label_names: list[str]) -> None:

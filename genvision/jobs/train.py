@@ -22,6 +22,7 @@ from genvision.images import make_grid, save_png, to_uint8
 from genvision.models.llamagen import LlamaGen
 from genvision.objectives.next_token import NextToken
 from genvision.pipeline import ImagePipeline, save_parts
+from genvision.processes import process_state
 from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.tokenizers.base import content_hash, load_tokenizer
 from genvision.tokenizers.vq import VQTokenizer
@@ -53,6 +54,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
     """
     output = Path(config.output_dir)
     _check_tracker(config.train.tracker)
+    process_state()
     try:
         accelerator = Accelerator(mixed_precision=config.train.precision, log_with=config.train.tracker, project_dir=str(output))
     except ValueError as error:

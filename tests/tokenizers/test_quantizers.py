@@ -35,7 +35,17 @@ def test_usage_counts_a_whole_pass():
     usage.update(torch.tensor([[0, 1], [0, 1]]))
     summary = usage.summary()
     assert summary["usage"] == 0.5
-    assert abs(summary["perplexity"] - 2) < 1e-6 and abs(summary["entropy_bits"] - 1) < 1e-6
+    assert abs(summary["perplexity"] - 2) < 1e-12 and abs(summary["entropy_bits"] - 1) < 1e-12
+    assert usage.num_dead == 2
+
+
+def test_top_share_is_what_the_most_frequent_codes_make_up():
+    usage = CodebookUsage(200)
+    usage.update(torch.arange(200).repeat(3))
+    assert usage.top_share() == usage.top_share(0.0101) == 0.01 and usage.top_share(1.0) == 1.0
+    usage.update(torch.full((600,), 7))
+    assert usage.top_share() == (603 + 3) / 1200 and usage.top_share(0.0) == 603 / 1200
+    assert CodebookUsage(4).top_share() == 0.0
 
 
 def test_entropy_gap_prefers_sure_and_varied_choices():

@@ -1,0 +1,33 @@
+"""The processes of a job and where they compute: how many there are, which of them this is, on which device."""
+
+import torch
+from accelerate import PartialState
+
+from genvision.errors import UserError
+
+
+def process_state(device: str | torch.device | None = None) -> PartialState:
+    """Accelerate's state of this process; the first call of a job decides how its processes talk to each other.
+
+    Left to itself, Accelerate takes every process of `torchrun` on a machine without accelerator for the only one.
+
+    Args:
+        device: where the job computes; the best there is unless told.
+    """
+    accelerated = torch.accelerator.is_available() if device is None else torch.device(device).type != "cpu"
+    return PartialState(cpu=not accelerated)
+
+
+def choose_device(name: str | None) -> str:
+    """The device of that name, or the best there is.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used ({' '.join(str(error).split())[:120]}); try cpu") from error
+    return name

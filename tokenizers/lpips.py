@@ -1,0 +1,207 @@
+"""LPIPS: how different two images look to VGG16 (Zhang et al., arXiv:1801.03924; version 0.1, the linear layers learned on VGG16).
+
+Five feature maps of VGG16 are normalised along the channels; their squared differences are weighed channel by channel, averaged over
+positions and added up. The network is frozen, gradients reach the images, and there is no dropout in front of the linear layers.
+
+Weights come from two published files, torchvision's VGG16 and the linear layers, or from one that holds both. Names that are understood:
+`features.0.weight` (torchvision), `net.slice1.0.weight` (the official package, taming-transformers), `lin0.model.1.weight` (all of them).
+
+Shapes: B images, C channels of a feature map, h, w its sides.
+"""
+
+import hashlib
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from genvision.errors import UserError
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+LINEAR_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth"
+"""The five linear layers alone, the same tensors as https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth."""
+LINEAR_HASH = "9153a2043dccf3b525d4f13db916e93ef040548ea923b6f2100de5ebac141a78"
+"""sha256 over the values of the published linear layers."""
+
+TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
+"""Layer of VGG16's `features` to its channels: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""
+MIN_SIDE = 16
+"""Four poolings halve the sides before the last feature map."""
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+"""Mean and deviation of ImageNet's channels for images in [-1, 1]."""
+NORM_EPSILON = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPIPSOptions:
+    """Where the weights come from and where the network runs."""
+
+    lpips_weights: Path | None = None
+    """The linear layers, or all weights in one file; without it the file in torch hub's folder is used."""
+    vgg_weights: Path | None = None
+    """torchvision's VGG16; without it the file in torch hub's folder is used, where `lpips_weights` does not hold it."""
+    download: bool = False
+    """Fetch what is not there yet: 528 MB of VGG16 and 7 kB of linear layers."""
+    device: str = "cpu"
+
+
+class LPIPS(nn.Module):
+    """Distance of image pairs; 0 for equal images, larger the less they look alike.
+
+    Args:
+        tensors: `features.{i}.weight`, `features.{i}.bias` and `linear.{k}`, as `read_weights` gives them.
+        source: where they come from, for messages.
+
+    Raises:
+        UserError: tensors are missing, unknown, misshapen or not finite.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str = "tensors") -> None:
+        from torchvision.models import vgg16  # 1 s
+
+        super().__init__()
+        with torch.device("meta"):  # neither memory for the 500 MB of the classifier nor random numbers
+            self.features = vgg16(weights=None, init_weights=False).features[: max(TAPS) + 1]
+            self.linear = nn.ParameterList(torch.empty(1, channels, 1, 1) for channels in TAPS.values())
+        _check_tensors(tensors, self.state_dict(), source)
+        self.load_state_dict({name: tensor.detach().float() for name, tensor in tensors.items()}, assign=True)
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances [B] of images [B, 3, H, W] in [-1, 1]; gradients reach both.
+
+        Raises:
+            UserError: the sides are shorter than 16 pixels.
+        """
+        assert a.shape == b.shape and a.ndim == 4 and a.shape[1] == 3, f"pairs must be [B, 3, H, W], got {a.shape} and {b.shape}"
+        if min(a.shape[2:]) < MIN_SIDE:
+            raise UserError(
+                f"LPIPS needs images of at least {MIN_SIDE}x{MIN_SIDE} pixels, got {a.shape[2]}x{a.shape[3]}; use larger ones or omit it"
+            )
+        a, b = self.scaled(a), self.scaled(b)
+        distances, weights = [], iter(self.linear)
+        for number, layer in enumerate(self.features):
+            a, b = layer(a), layer(b)
+            if number in TAPS:
+                distances.append(layer_distance(a, b, next(weights)))
+        return torch.stack(distances).sum(dim=0)
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] as VGG16 expects them."""
+        return (images - self.shift) / self.scale
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the linear layers are those of version 0.1 (those of version 0.0 have the same names and shapes)."""
+        digest = hashlib.sha256()
+        for weight in self.linear:
+            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest() == LINEAR_HASH
+
+
+def layer_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """What one feature map adds to the distance: [B, C, h, w] twice and weights [1, C, 1, 1] -> [B]."""
+    difference = (_unit(a.float()) - _unit(b.float())).square()  # [B, C, h, w]
+    return (difference * weight).sum(dim=1).mean(dim=(1, 2))
+
+
+def load_lpips(options: LPIPSOptions | None = None) -> LPIPS:
+    """The published metric, from files.
+
+    Raises:
+        UserError: a file is missing or damaged, or cannot be fetched.
+    """
+    options = options or LPIPSOptions()
+    path = _find(options.lpips_weights, LINEAR_URL, "--lpips-weights", options.download)
+    tensors, source = read_weights(path), str(path)
+    if options.vgg_weights is not None or not any(name.startswith("features.") for name in tensors):
+        vgg = _find(options.vgg_weights, VGG_URL, "--vgg-weights", options.download)
+        tensors |= {name: tensor for name, tensor in read_weights(vgg).items() if name.startswith("features.")}
+        source = f"{path} and {vgg}"
+    network = LPIPS(tensors, source).to(options.device)
+    # a fifth less time on CPUs
+    return network.to(memory_format=torch.channels_last) if torch.device(options.device).type == "cpu" else network
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file under our names; what LPIPS does not use (VGG16's classifier) is left out. Nothing in it is executed.
+
+    Raises:
+        UserError: it cannot be read, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many types; whatever it is, this file cannot be used
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: not readable as weights of LPIPS ({reason}); fetch {LINEAR_URL} and {VGG_URL} again") from error
+    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"{path}: weights are a mapping of names to tensors, this is something else; fetch {LINEAR_URL} and {VGG_URL}")
+    tensors = {_our_name(name): tensor for name, tensor in content.items()}
+    tensors.pop("", None)
+    return tensors
+
+
+def _our_name(name: str) -> str:
+    """Name in `LPIPS.state_dict()`; "" for what it does not use, and an unknown name as it is."""
+    if name.startswith(("classifier.", "scaling_layer.")):
+        return ""
+    if match := re.fullmatch(r"(?:net\.)?slice[1-5]\.(\d+\.(?:weight|bias))", name):
+        return f"features.{match[1]}"
+    # the official package has each layer twice, as lin0 and lins.0
+    if match := re.fullmatch(r"lin(?:s\.)?([0-4])\.model\.[01]\.weight", name):
+        return f"linear.{match[1]}"
+    return name
+
+
+def _find(given: Path | None, url: str, option: str, download: bool) -> Path:
+    if given is not None:
+        if not Path(given).is_file():
+            raise UserError(f"{given}: no such file; {option} wants the file {url}")
+        return Path(given)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name  # where torchvision and torch-fidelity keep it
+    if path.is_file():
+        return path
+    if not download:
+        raise UserError(f"no weights for LPIPS; give `{option} FILE` or `--download` ({url}, kept as {path})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix="397923af" if url == VGG_URL else None)
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the checksum does not fit
+        raise UserError(f"{url}: download failed ({error}); fetch it elsewhere and give `{option} FILE`") from error
+    return path
+
+
+def _check_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+    common = sorted(given.keys() & wanted.keys())
+    misshapen = [name for name in common if given[name].shape != wanted[name].shape]
+    problems = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "misshapen": [f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}" for name in misshapen],
+        "not finite": [name for name in common if not bool(torch.isfinite(given[name]).all())],
+    }
+    found = [f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"{source}: not the {len(wanted)} tensors of LPIPS: {'; '.join(found)}; fetch {LINEAR_URL} and {VGG_URL}")
+
+
+def _unit(x: Tensor) -> Tensor:
+    # vector_norm has gradient 0 at a vector of zeros, where the square root of a sum of squares has none
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPSILON)
