@@ -1,8 +1,10 @@
 """`genvision reconstruct`: how much of the user's own images a tokenizer keeps, in numbers and as a picture, on one or many processes."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from genvision.data.sources import open_source

@@ -1,6 +1,8 @@
 """What every generator answers to, and how one is found by name."""
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 GENERATORS: dict[str, str] = {"LlamaGen": "genvision.models.llamagen"}
 """Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
@@ -11,6 +13,27 @@ class Generator:
 
     num_classes: int
     has_null_label: bool
+    prefix_length: int = 0
+    """Positions of the condition, which stand before those of the image in `hidden_states`."""
+    is_causal: bool = False
+    """A position sees only those before it; so what a prefix holds knows nothing of the image."""
+
+    def hidden_states(self, codes: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """What the network holds after some of its blocks while it reads whole images without a condition (the null one).
+
+        No label goes in, so none can come out: what a classifier finds here was learnt from the image.
+
+        Args:
+            codes: as the tokenizer gives them, [B, ...].
+            layers: 0 is what the first block reads, i what the i-th block gives.
+
+        Returns:
+            [B, P + N, C] for each layer: P positions of the condition, N of the image.
+
+        Raises:
+            UserError: the model was trained without a null condition.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not show its hidden states")
 
     @property
     def null_label(self) -> int:

@@ -4,6 +4,8 @@ Shapes: B images, N = grid^2 tokens in raster order, P prefix positions (1 for a
 V codebook entries.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -48,6 +50,7 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False
+    is_causal = True
 
     @register_to_config
     def __init__(
@@ -146,6 +149,21 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
             else:
                 x = block(x, rotary, mask)
         return self.head(self.norm(x[:, self.prefix_length - 1 :])).float()
+
+    def hidden_states(self, codes: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """See `Generator.hidden_states`; codes int64 [B, h, w] or [B, N], P + N positions a layer."""
+        if not self.has_null_label:
+            raise UserError("the model was trained without a null condition (class_dropout 0), so it cannot read images without labels")
+        num, device = codes.shape[0], codes.device
+        condition = torch.zeros(num, dtype=torch.int64, device=device)
+        if isinstance(self.condition_embed, TextEmbedding):
+            condition = self.condition_embed.null_features.expand(num, -1, -1)
+        prefix = self.condition_embed(condition, torch.ones(num, dtype=torch.bool, device=device))
+        x = self.embed_dropout(torch.cat([prefix, self.token_embed(codes.flatten(1))], dim=1))  # [B, P + N, C]
+        states = [x]
+        for block in self.blocks[: max(layers)]:
+            states.append(block(states[-1], self.rotary[: x.shape[1]]))
+        return [states[layer] for layer in layers]
 
     # Cached generation: `start` once, then `extend` by one token a call.
 
