@@ -81,6 +81,24 @@ def frechet_confidence(
     )
 
 
+def paired_interval(first: Sequence[Moments], second: Sequence[Moments], distance: float) -> tuple[float, float] | None:
+    """95 % interval of the distance between two sets of pairs (images and their reconstructions), leaving out blocks of pairs.
+
+    Args:
+        first: moments of blocks; `second` of the same blocks of the other side.
+        distance: of the whole sets.
+
+    Returns:
+        None with too few blocks.
+    """
+    present = [i for i, block in enumerate(first) if block.count > 0]
+    counts = np.array([first[i].count for i in present])
+    if len(present) < MIN_BLOCKS or counts.sum() - counts.max() < 2:
+        return None
+    left_out = [frechet_distance(*(merged([side[i] for i in present if i != without]) for side in (first, second))) for without in present]
+    return interval_around(distance, jackknife_error(distance, np.array(left_out), counts), len(present))
+
+
 def extrapolate_distance(blocks: Sequence[Moments], reference: Gaussian, distance: float) -> tuple[list[tuple[int, float]], float | None]:
     """The curve of distances against the number of images, and its extrapolation to infinitely many (arXiv:1911.07023).
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genvision.eval.features import Extractor, ExtractorOptions, Features, tensors_hash
-from genvision.eval.weights import PublishedWeights
+from genvision.weights import PublishedWeights
 
 DINOV2_WEIGHTS = PublishedWeights(
     network="DINOv2 ViT-L/14",

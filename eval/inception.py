@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genvision.eval.features import Extractor, ExtractorOptions, Features, tensors_hash
-from genvision.eval.weights import PublishedWeights
+from genvision.weights import PublishedWeights
 
 INCEPTION_WEIGHTS = PublishedWeights(
     network="Inception",

@@ -57,7 +57,7 @@ class Networks:
         """What is wanted of uint8 images [B, H, W, 3], by name; arrays [B, ...]."""
         found = {}
         if wanted & {"pool", "spatial", "logits"}:
-            features = self.extractor(images)
+            features = self.extractor(images, want_logits="logits" in wanted, want_spatial="spatial" in wanted)
             found = {"pool": features.features, "spatial": features.spatial, "logits": features.logits}
         rows = {name: tensor.numpy() for name, tensor in found.items() if name in wanted and tensor is not None}
         if "dinov2" in wanted:

@@ -3,8 +3,6 @@
 Shapes: R rows of the sheet, n neighbours, images uint8 [..., S, S, 3].
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -13,9 +11,9 @@ from genvision.eval.neighbours import NeighbourSearch, shown_rows
 from genvision.eval.plots import nice_ticks
 from genvision.eval.sets import stream_batches
 
-MIN_CELL, MAX_CELL = 64, 128
+MIN_CELL, MAX_CELL, FIRST_COLUMN = 64, 128, 104
 GAP, BLOCK_GAP, LINE, FONT, TITLE = 4, 20, 18, 13, 16
-CHART_HEIGHT, NUM_BINS = 200, 40
+CHART_HEIGHT, NUM_BINS, MIN_WIDTH = 200, 40, 680
 GENERATED, HELD_OUT = "#1c5d99", "#c4500f"
 INK, SOFT = "#17191e", "#5d6470"
 
@@ -35,21 +33,23 @@ def neighbour_sheet(
     cell = min(side * factor, MAX_CELL)
     num_neighbours = search.result.num_neighbours
     block = num_neighbours * (cell + GAP) - GAP
-    width = 2 * BLOCK_GAP + cell + len(search.spaces) * (BLOCK_GAP + block)
+    lefts = [BLOCK_GAP + max(cell, FIRST_COLUMN) + BLOCK_GAP + i * (block + BLOCK_GAP) for i in range(len(search.spaces))]
+    width = lefts[-1] + block + BLOCK_GAP
     row_height = cell + LINE + GAP
     num_nearest = (len(rows) + 1) // 2
     groups = [("nearest to the training set", rows[:num_nearest]), (f"others of {num:,}", rows[num_nearest:])]
     groups = [(title, members) for title, members in groups if members]
     top = BLOCK_GAP + 2 * LINE
-    height = top + sum(2 * LINE + len(members) * row_height for _, members in groups) + len(search.spaces) * (CHART_HEIGHT + BLOCK_GAP) + GAP
-    sheet = Image.new("RGB", (max(width, 560), height), "white")
+    height = (
+        top + sum(2 * LINE + len(members) * row_height for _, members in groups) + len(search.spaces) * (CHART_HEIGHT + BLOCK_GAP) + GAP
+    )
+    sheet = Image.new("RGB", (max(width, MIN_WIDTH), height), "white")
     draw = ImageDraw.Draw(sheet)
 
     mine = _load(generated, search.generated[rows], image_size)
     theirs = _load(train, np.concatenate([found.indices[rows].ravel() for found in search.spaces.values()]), image_size)
     _heading(draw, BLOCK_GAP, "generated", f"{search.result.num_generated:,} searched")
-    for number, (space, found) in enumerate(search.spaces.items()):
-        left = 2 * BLOCK_GAP + cell + number * (BLOCK_GAP + block)
+    for left, space in zip(lefts, search.spaces, strict=True):
         _heading(draw, left, f"nearest of {search.result.num_train:,} training images by {space}", _metric(search, space))
     for title, members in groups:
         draw.text((BLOCK_GAP, top + LINE), title, fill=INK, anchor="lm", font_size=TITLE)
@@ -58,8 +58,7 @@ def neighbour_sheet(
             place = int(search.generated[row])
             _paste(sheet, mine[place], BLOCK_GAP, top, cell)
             draw.text((BLOCK_GAP, top + cell + 2), f"image {place}", fill=SOFT, font_size=FONT)
-            for number, found in enumerate(search.spaces.values()):
-                left = 2 * BLOCK_GAP + cell + number * (BLOCK_GAP + block)
+            for left, found in zip(lefts, search.spaces.values(), strict=True):
                 for i, (index, distance) in enumerate(zip(found.indices[row], found.distances[row], strict=True)):
                     x = left + i * (cell + GAP)
                     _paste(sheet, theirs[int(index)], x, top, cell)
@@ -100,8 +99,9 @@ def _histogram(draw: ImageDraw.ImageDraw, search: NeighbourSearch, space: str, b
         words.append(("held-out real", HELD_OUT))
         for percent in (1, 5):
             x = x_of(float(np.percentile(held_out, percent)))
-            draw.line((x, top - 4, x, bottom), fill=SOFT)
-        draw.text((x_of(float(np.percentile(held_out, 5))) + 4, top - 4), "1 % and 5 % of held-out", fill=SOFT, anchor="lt", font_size=FONT)
+            draw.line((x, top - LINE + 4, x, bottom), fill=SOFT)
+        x = x_of(float(np.percentile(held_out, 5)))
+        draw.text((x + 4, top - LINE + 2), "1 % and 5 % of held-out", fill=SOFT, anchor="lt", font_size=FONT)
     x = float(left)
     for word, colour in words:
         draw.rectangle((x, box[1] + LINE + 4, x + 12, box[1] + LINE + 14), fill="#9dbcd6" if colour == GENERATED else colour)
@@ -111,7 +111,7 @@ def _histogram(draw: ImageDraw.ImageDraw, search: NeighbourSearch, space: str, b
     draw.line((left, bottom, right, bottom), fill=SOFT)
     for tick in nice_ticks(low, high, 8):
         draw.line((x_of(tick), bottom, x_of(tick), bottom + 4), fill=SOFT)
-        draw.text((x_of(tick), bottom + 6), _number(tick), fill=SOFT, anchor="mt", font_size=FONT)
+        draw.text((x_of(tick), bottom + 6), f"{tick:g}", fill=SOFT, anchor="mt", font_size=FONT)
 
 
 def _finding(search: NeighbourSearch, space: str) -> str:
@@ -119,7 +119,7 @@ def _finding(search: NeighbourSearch, space: str) -> str:
     below = getattr(result, f"{space}_below_p5")
     if below is None:
         return "no held-out images to compare with"
-    return f"{below:.1%} of generated images are nearer than 5 % of held-out ones are"
+    return f"{below:.1%} of generated images are nearer than the nearest 5 % of held-out ones"
 
 
 def _metric(search: NeighbourSearch, space: str) -> str:
@@ -148,5 +148,4 @@ def _paste(sheet: Image.Image, image: np.ndarray, left: int, top: int, cell: int
 
 
 def _number(value: float) -> str:
-    """Three digits at most behind the point; `same` for no distance at all."""
     return "0" if value == 0 else f"{value:.3f}" if abs(value) < 1 else f"{value:.1f}"

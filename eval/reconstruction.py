@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from genvision.data.datasets import ordered_batches
 from genvision.data.sources import ImageSource
 from genvision.errors import UserError
-from genvision.eval.distributed import gather_rows, sum_moments
+from genvision.eval.confidence import paired_interval
+from genvision.eval.distributed import gather_rows
 from genvision.eval.features import Extractor, exact_float32, tensors_hash
+from genvision.eval.hygiene import hash_images
 from genvision.eval.job import software_versions
-from genvision.eval.moments import Moments, frechet_distance
+from genvision.eval.measurement import Measurement
+from genvision.eval.moments import frechet_distance, merged
 from genvision.eval.pairs import PairKeeper, Pairs, pair_sheet
 from genvision.eval.pixels import PSNR_RANGE, psnr, ssims
 from genvision.images import Rounding, from_uint8, to_uint8
@@ -41,7 +44,7 @@ LPIPS_IMAGES = 8
 """Pairs that go through VGG16 at once; 256 pixels of a pair take 130 MB there."""
 PUBLISHED_IMAGES = 50_000
 """The validation images of ImageNet, of which published rFIDs are."""
-INTERVAL_METHOD = "95 %, standard error of the mean over images, Student's t"
+INTERVAL_METHOD = "95 %, Student's t: rFID by a delete-a-block jackknife over pairs, the rest by the standard error of the mean over images"
 
 
 class Tokenizer(Protocol):
@@ -71,6 +74,7 @@ class ReconstructionResult:
     codebook_perplexity: float | None = None
     codebook_entropy: float | None = None
 
+    rfid_interval: Interval | None = None
     psnr_interval: Interval | None = None
     ssim_interval: Interval | None = None
     ssim_range2_interval: Interval | None = None
@@ -219,7 +223,7 @@ class _Seen:
     def __init__(self, codebook_size: int | None, extractor: Extractor | None, lpips: LPIPS | None, device: str, num_pairs: int) -> None:
         self.extractor, self.lpips, self.device = extractor, lpips, device
         self.usage = CodebookUsage(codebook_size) if codebook_size is not None else None
-        self.moments = [Moments(extractor.feature_dim) for _ in range(2)] if extractor else []
+        self.sides = [Measurement({"pool": extractor.feature_dim}, frozenset()) for _ in range(2)] if extractor else []
         """Of originals and of reconstructions."""
         self.indices: list[np.ndarray] = []
         self.rows: dict[str, list[np.ndarray]] = {name: [] for name in ("psnr", *SSIM_RANGES, *(["lpips"] if lpips else []))}
@@ -230,9 +234,11 @@ class _Seen:
         """indices int64 [B] into the set, codes of any shape, both kinds of images uint8 [B, S, S, 3]."""
         if self.usage:
             self.usage.update(codes)
-        for moments, side in zip(self.moments, (originals, images), strict=False):
-            assert self.extractor is not None
-            moments.update(self.extractor(side, want_logits=False, want_spatial=False).features)
+        if self.extractor:
+            blocks = hash_images(originals)  # pairs stay together
+            for measurement, side in zip(self.sides, (originals, images), strict=True):
+                features = self.extractor(side, want_logits=False, want_spatial=False).features
+                measurement.add(indices, {"pool": features.numpy()}, blocks)
         found = {"psnr": psnr(originals, images), **dict(zip(SSIM_RANGES, ssims(originals, images, [*SSIM_RANGES.values()]), strict=True))}
         if self.lpips:
             found["lpips"] = _lpips_of(self.lpips, originals, images, self.device)
@@ -246,9 +252,10 @@ class _Seen:
         scores: dict[str, Any] = {}
         for name, values in gather_rows(self.rows, self.indices, num).items():
             scores[name], scores[f"{name}_interval"] = _mean_with_interval(values)
-        if self.moments:
-            # intervals of rFID need moments of blocks of pairs: they would be kept and summed here
-            scores["rfid"] = frechet_distance(*map(sum_moments, self.moments))
+        if self.sides:
+            first, second = (measurement.finish(num).blocks["pool"] for measurement in self.sides)
+            scores["rfid"] = frechet_distance(merged(first), merged(second))
+            scores["rfid_interval"] = paired_interval(first, second, scores["rfid"])
         counts = None
         if self.usage:
             usage = self.usage.sum_over_processes()

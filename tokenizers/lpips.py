@@ -10,21 +10,23 @@ Shapes: B images, C channels of a feature map, h, w its sides.
 """
 
 import hashlib
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
 from genvision.errors import UserError
+from genvision.weights import PublishedWeights
 
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-LINEAR_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth"
+VGG = PublishedWeights(network="VGG16", url="https://download.pytorch.org/models/vgg16-397923af.pth", option="--vgg-weights")
+LINEAR = PublishedWeights(
+    network="LPIPS",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
+    option="--lpips-weights",
+)
 """The five linear layers alone, the same tensors as https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth."""
 LINEAR_HASH = "9153a2043dccf3b525d4f13db916e93ef040548ea923b6f2100de5ebac141a78"
 """sha256 over the values of the published linear layers."""
@@ -73,8 +75,8 @@ class LPIPS(nn.Module):
         with torch.device("meta"):  # neither memory for the 500 MB of the classifier nor random numbers
             self.features = vgg16(weights=None, init_weights=False).features[: max(TAPS) + 1]
             self.linear = nn.ParameterList(torch.empty(1, channels, 1, 1) for channels in TAPS.values())
-        _check_tensors(tensors, self.state_dict(), source)
-        self.load_state_dict({name: tensor.detach().float() for name, tensor in tensors.items()}, assign=True)
+        checked = LINEAR.check(tensors, {name: tensor.shape for name, tensor in self.state_dict().items()}, source)
+        self.load_state_dict({name: tensor.detach() for name, tensor in checked.items()}, assign=True)
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -124,36 +126,24 @@ def load_lpips(options: LPIPSOptions | None = None) -> LPIPS:
         UserError: a file is missing or damaged, or cannot be fetched.
     """
     options = options or LPIPSOptions()
-    path = _find(options.lpips_weights, LINEAR_URL, "--lpips-weights", options.download)
-    tensors, source = read_weights(path), str(path)
+    path = LINEAR.find(options.lpips_weights, options.download)
+    tensors, source = read_weights(path, LINEAR), str(path)
     if options.vgg_weights is not None or not any(name.startswith("features.") for name in tensors):
-        vgg = _find(options.vgg_weights, VGG_URL, "--vgg-weights", options.download)
-        tensors |= {name: tensor for name, tensor in read_weights(vgg).items() if name.startswith("features.")}
+        vgg = VGG.find(options.vgg_weights, options.download)
+        tensors |= {name: tensor for name, tensor in read_weights(vgg, VGG).items() if name.startswith("features.")}
         source = f"{path} and {vgg}"
     network = LPIPS(tensors, source).to(options.device)
     # a fifth less time on CPUs
     return network.to(memory_format=torch.channels_last) if torch.device(options.device).type == "cpu" else network
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, published: PublishedWeights = LINEAR) -> dict[str, Tensor]:
     """The tensors of a file under our names; what LPIPS does not use (VGG16's classifier) is left out. Nothing in it is executed.
 
     Raises:
         UserError: it cannot be read, or holds more than tensors.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many types; whatever it is, this file cannot be used
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not readable as weights of LPIPS ({reason}); fetch {LINEAR_URL} and {VGG_URL} again") from error
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"{path}: weights are a mapping of names to tensors, this is something else; fetch {LINEAR_URL} and {VGG_URL}")
-    tensors = {_our_name(name): tensor for name, tensor in content.items()}
+    tensors = {_our_name(name): tensor for name, tensor in published.read(path).items()}
     tensors.pop("", None)
     return tensors
 
@@ -168,38 +158,6 @@ def _our_name(name: str) -> str:
     if match := re.fullmatch(r"lin(?:s\.)?([0-4])\.model\.[01]\.weight", name):
         return f"linear.{match[1]}"
     return name
-
-
-def _find(given: Path | None, url: str, option: str, download: bool) -> Path:
-    if given is not None:
-        if not Path(given).is_file():
-            raise UserError(f"{given}: no such file; {option} wants the file {url}")
-        return Path(given)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name  # where torchvision and torch-fidelity keep it
-    if path.is_file():
-        return path
-    if not download:
-        raise UserError(f"no weights for LPIPS; give `{option} FILE` or `--download` ({url}, kept as {path})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix="397923af" if url == VGG_URL else None)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the checksum does not fit
-        raise UserError(f"{url}: download failed ({error}); fetch it elsewhere and give `{option} FILE`") from error
-    return path
-
-
-def _check_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
-    common = sorted(given.keys() & wanted.keys())
-    misshapen = [name for name in common if given[name].shape != wanted[name].shape]
-    problems = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - wanted.keys()),
-        "misshapen": [f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}" for name in misshapen],
-        "not finite": [name for name in common if not bool(torch.isfinite(given[name]).all())],
-    }
-    found = [f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})" for kind, names in problems.items() if names]
-    if found:
-        raise UserError(f"{source}: not the {len(wanted)} tensors of LPIPS: {'; '.join(found)}; fetch {LINEAR_URL} and {VGG_URL}")
 
 
 def _unit(x: Tensor) -> Tensor:

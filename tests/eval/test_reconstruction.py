@@ -258,7 +258,7 @@ measure_digits({str(tiny_tokenizer)!r}, random_lpips(), Path({str(tmp_path)!r}),
     process = subprocess.run([*launcher, str(tmp_path / "measure.py")], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     measure_digits(str(tiny_tokenizer), lpips, tmp_path, "one", lambda: 0)
-    differing = {"num_processes", "seconds", "images_per_second", "rfid"}
+    differing = {"num_processes", "seconds", "images_per_second", "rfid", "rfid_interval"}
     for batch_size in (7, 64):
         one = json.loads((tmp_path / f"one_{batch_size}_0.json").read_text())
         pictures = dict(np.load(tmp_path / f"one_{batch_size}_0.npz"))
@@ -267,6 +267,7 @@ measure_digits({str(tiny_tokenizer)!r}, random_lpips(), Path({str(tmp_path)!r}),
             two = json.loads((tmp_path / f"two_{batch_size}_{rank}.json").read_text())
             assert two["num_processes"] == 2
             assert two["rfid"] == pytest.approx(one["rfid"], rel=1e-9)
+            assert two["rfid_interval"] == pytest.approx(one["rfid_interval"], rel=1e-6)
             assert without(two, differing) == without(one, differing)
             for name, array in np.load(tmp_path / f"two_{batch_size}_{rank}.npz").items():
                 np.testing.assert_array_equal(array, pictures[name], err_msg=name)
@@ -316,7 +317,7 @@ class TestJob:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
         out = tmp_path / "out"
         job = partial(reconstruct_data, tiny_tokenizer, "digits:first", out, extractor="none", options=ExtractorOptions(), num=4)
-        with pytest.raises(UserError, match="no weights for LPIPS; give `--lpips-weights FILE` or `--download`"):
+        with pytest.raises(UserError, match="no LPIPS weights; give `--lpips-weights FILE` or `--download`"):
             job(lpips=True)
         with pytest.raises(UserError, match="no such file; --lpips-weights wants"):
             job(lpips_weights=tmp_path / "nothing.pth")

@@ -206,5 +206,5 @@ def test_a_file_cut_off_is_refused(tensors, tmp_path):
     path = tmp_path / "linear.pth"
     torch.save(in_files(tensors)[0], path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not readable as weights of LPIPS"):
+    with pytest.raises(UserError, match="not readable as LPIPS weights"):
         read_weights(Path(path))

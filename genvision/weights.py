@@ -70,7 +70,7 @@ class PublishedWeights:
             raise UserError(f"{path}: {self.network} weights are a mapping of names to tensors, this is something else; fetch {self.url}")
         return dict(content)
 
-    def check(self, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], path: Path) -> dict[str, Tensor]:
+    def check(self, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], path: Path | str) -> dict[str, Tensor]:
         """The wanted tensors as float32; counters of training (`num_batches_tracked`) may come with them and are left out.
 
         Raises:
