@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import t as student_t
 
-from genvision.eval.moments import Gaussian, Moments, fid_bias, frechet_distance, merged
+from genvision.eval.moments import Gaussian, Moments, fid_bias, frechet_distance, merged, without
 
 LEVEL = 0.95
 MIN_BLOCKS = 5
@@ -62,8 +62,7 @@ def frechet_confidence(
     bias = constant / total.count
     if len(blocks) < MIN_BLOCKS or total.count - max(block.count for block in blocks) < 2:
         return FrechetConfidence(distance=distance, bias=bias, num_blocks=len(blocks))
-    without = [merged([*blocks[:i], *blocks[i + 1 :]]) for i in range(len(blocks))]
-    left_out = np.array([frechet_distance(part, reference) for part in without])
+    left_out = np.array([frechet_distance(without(total, block), reference) for block in blocks])
     counts = np.array([block.count for block in blocks])
     # a smaller set reads higher by c / n: take that away, or the jackknife would call the difference noise where blocks differ in size
     levelled = left_out - constant * (1 / (total.count - counts) - 1 / total.count)
@@ -156,7 +155,8 @@ def mean_interval(values: np.ndarray, block_of: np.ndarray) -> tuple[float, floa
     sums = np.array([values[block_of == block].sum() for block in present], dtype=np.float64)
     left_out = (sums.sum() - sums) / (counts.sum() - counts)
     whole = float(sums.sum() / counts.sum())
-    return interval_around(whole, jackknife_error(whole, left_out, counts), len(present))
+    low, high = interval_around(whole, jackknife_error(whole, left_out, counts), len(present))
+    return (max(low, 0.0), min(high, 1.0)) if values.dtype == bool else (low, high)
 
 
 def interval_around(value: float, error: float, num_blocks: int) -> tuple[float, float]:

@@ -216,9 +216,10 @@ def _num_last(layers: tuple[Layer, ...]) -> int:
 
 def _fold(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution that does what convolution and batch norm did."""
-    weight, bias, gain, mean, variance = (tensors[f"{name}.{part}"].double() for part in ("conv.weight", *BATCH_NORM))
-    scale = gain / torch.sqrt(variance + BATCH_NORM_EPS)
-    return (weight * scale[:, None, None, None]).float(), (bias - mean * scale).float()
+    weight, bias, gain, mean, variance = (tensors[f"{name}.{part}"] for part in ("conv.weight", *BATCH_NORM))
+    # Scale and shift in float32 as torch's own batch norm rounds them, so that both networks have the same ones to the last bit.
+    scale = gain * (1 / torch.sqrt(variance + BATCH_NORM_EPS))
+    return weight * scale[:, None, None, None], bias - mean * scale
 
 
 STEM = (

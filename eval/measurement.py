@@ -19,7 +19,7 @@ from genvision.eval.digits import DigitsJudge
 from genvision.eval.distributed import gather_rows, sum_moments
 from genvision.eval.features import Extractor
 from genvision.eval.hygiene import hash_images
-from genvision.eval.moments import Moments
+from genvision.eval.moments import Moments, merged
 from genvision.eval.sets import stream_batches
 from genvision.processes import process_state
 
@@ -91,10 +91,7 @@ class Measured:
 
     def moments(self, name: str) -> Moments:
         """Of all images together."""
-        total = Moments(len(self.blocks[name][0].mu))
-        for block in self.blocks[name]:
-            total.merge(block)
-        return total
+        return merged(self.blocks[name])
 
     def reordered(self, order: np.ndarray) -> "Measured":
         """The same images in another order: image i of the result is image order[i]."""

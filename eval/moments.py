@@ -6,13 +6,14 @@ the eigenvalues of the product it loses nothing when a covariance is singular, a
 Shapes: N images, B images of a batch, D features, r rank of a covariance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg.blas import dger
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
@@ -24,11 +25,7 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and covariance of a set of features.
-
-    Raises:
-        UserError: the shapes do not fit, a number is not finite, or the covariance is not symmetric.
-    """
+    """Mean and covariance of a set of features."""
 
     mu: np.ndarray = field(repr=False)
     """float64 [D]"""
@@ -37,7 +34,12 @@ class Gaussian:
     count: int | None = None
     """Images behind it; None if a file does not say."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> "Gaussian":
+        """Itself, for statistics that come from outside.
+
+        Raises:
+            UserError: the shapes do not fit, a number is not finite, or the covariance is not symmetric.
+        """
         dim = self.mu.shape[0] if self.mu.ndim == 1 else -1
         if self.sigma.shape != (dim, dim):
             raise UserError(f"statistics must be mu [D] and sigma [D, D], got {list(self.mu.shape)} and {list(self.sigma.shape)}")
@@ -46,6 +48,7 @@ class Gaussian:
         scale = float(np.abs(self.sigma).max(initial=0))
         if float(np.abs(self.sigma - self.sigma.T).max(initial=0)) > 1e-6 * max(scale, 1e-300):
             raise UserError("the covariance of the statistics is not symmetric; measure them again")
+        return self
 
     @cached_property
     def factor(self) -> np.ndarray:
@@ -53,7 +56,7 @@ class Gaussian:
         upper, pivots, rank, info = dpstrf(self.sigma, lower=0)
         assert info >= 0, f"dpstrf: argument {-info} is wrong"
         factor = np.empty((len(self.mu), rank))
-        factor[pivots - 1] = np.triu(upper)[:rank].T
+        factor[pivots - 1] = np.triu(upper[:rank]).T
         return factor
 
 
@@ -116,17 +119,30 @@ class Moments:
         difference = mu - self.mu
         self.mu = self.mu + difference * (count / total)
         self.scatter += scatter
-        if self.count:
-            self.scatter += np.outer(difference, difference * (self.count * count / total))
+        if self.count:  # in place: a second matrix of this size would cost more than the sum
+            dger(self.count * count / total, difference, difference, a=self.scatter.T, overwrite_a=True)
         self.count = total
 
 
-def merged(parts: list[Moments]) -> Moments:
+def merged(parts: Sequence[Moments]) -> Moments:
     """Moments of all parts together; none of them changes."""
     total = Moments(len(parts[0].mu))
     for part in parts:
         total.merge(part)
     return total
+
+
+def without(whole: Moments, part: Moments) -> Moments:
+    """What is left of `whole` when `part`, which was merged into it, is taken away again; exact to rounding."""
+    rest = Moments(len(whole.mu))
+    rest.count = whole.count - part.count
+    if rest.count == 0:
+        return rest
+    rest.mu = (whole.count * whole.mu - part.count * part.mu) / rest.count
+    difference = part.mu - rest.mu
+    rest.scatter = whole.scatter - part.scatter
+    dger(-rest.count * part.count / whole.count, difference, difference, a=rest.scatter.T, overwrite_a=True)
+    return rest
 
 
 def frechet_distance(a: Gaussian | Moments, b: Gaussian | Moments) -> float:

@@ -134,7 +134,7 @@ def _heading(draw: ImageDraw.ImageDraw, left: int, title: str, below: str) -> No
 
 def _load(source: ImageSource, indices: np.ndarray, image_size: int | None) -> dict[int, np.ndarray]:
     """Place in the set to the image."""
-    loaded = {}
+    loaded: dict[int, np.ndarray] = {}
     for batch in stream_batches(source, image_size, batch_size=64, indices=np.unique(indices)):
         loaded.update(zip(batch.indices.tolist(), batch.images, strict=True))
     return loaded

@@ -151,7 +151,7 @@ def _gaussian(path: Path, name: str, mu: np.ndarray, sigma: np.ndarray, count: i
         if array.dtype not in (np.float32, np.float64):
             raise UserError(f"{path}: {which} is {array.dtype}, expected float32 or float64; download or write it again")
     try:
-        return Gaussian(mu.astype(np.float64), sigma.astype(np.float64), count)
+        return Gaussian(mu.astype(np.float64), sigma.astype(np.float64), count).check()
     except UserError as error:
         raise UserError(f"{path}: {name}: {error}") from error
 

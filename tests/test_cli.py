@@ -528,6 +528,66 @@ class TestEvaluate:
             assert not json_file.exists(), options
 
 
+class TestScoring:
+    """evaluate, fid, sweep, statistics and compare as they are typed."""
+
+    digits = ("--protocol", "digits", "--no-cache", "--workers", "0", "--device", "cpu")
+
+    def test_a_set_of_images_becomes_a_table_a_file_and_a_page(self, tmp_path, capsys):
+        files = [tmp_path / name for name in ("a.json", "a.html")]
+        main(
+            [
+                "evaluate",
+                "--generated",
+                "digits:first",
+                "--reference",
+                "digits:second",
+                *self.digits,
+                "--json",
+                str(files[0]),
+                "--html",
+                str(files[1]),
+            ]
+        )
+        table = capsys.readouterr().out
+        assert table.startswith("FID ") and "precision" in table and "depends on the order" in table
+        content = json.loads(files[0].read_text())
+        assert content["protocol"] == "digits" and content["fid"] < 5
+        assert "<html" in files[1].read_text()
+
+    def test_a_model_is_sampled_scored_swept_and_compared(self, tiny_model, tmp_path, capsys):
+        statistics = tmp_path / "digits.safetensors"
+        main(["statistics", "--data", "digits:second", "--out", str(statistics), "--protocol", "digits", "--device", "cpu"])
+        model = ["--model", str(tiny_model), "--reference", str(statistics), "--num", "80", *self.digits]
+        main(["fid", *model, "--guidance", "1.5", "--labels", "random", "--out", str(tmp_path / "fid")])
+        assert str(tmp_path / "fid") in capsys.readouterr().out
+        assert sorted(path.name for path in (tmp_path / "fid").iterdir()) == ["chunks", "page.html", "results.json"]
+        main(["sweep", *model, "--guidance", "1:2:1", "--out", str(tmp_path / "sweep")])
+        assert "best: guidance_scale=" in capsys.readouterr().out
+        results = [tmp_path / "fid" / "results.json", tmp_path / "sweep" / "guidance_scale=1" / "results.json"]
+        main(["compare", *map(str, results), "--html", str(tmp_path / "compare.html")])
+        assert "sampling" in capsys.readouterr().out
+        assert (tmp_path / "compare.html").is_file()
+
+    def test_bad_input_leaves_nothing(self, refused_cleanly, tiny_model, tmp_path, out):
+        broken = tmp_path / "broken.npz"
+        np.savez(broken, mu=np.zeros(64), sigma=np.eye(64))
+        cut(broken)
+        wrong = tmp_path / "wrong.npz"
+        np.savez(wrong, mean=np.zeros(64))
+        model = ("fid", "--model", tiny_model, "--num", "40", "--out", out, *self.digits)
+        assert "broken.npz: not an npz file, or damaged" in refused_cleanly(*model, "--reference", broken)
+        assert "wrong.npz: has mean; expected statistics mu and sigma" in refused_cleanly(*model, "--reference", wrong)
+        assert "protocol 'adn' is unknown" in refused_cleanly(*model, "--reference", "digits", "--protocol", "adn")
+        assert "sfid" in refused_cleanly(*model, "--reference", "digits", "--metrics", "fid,sfid")
+        assert "at least 10 images" in refused_cleanly(*model[:4], "5", *model[5:], "--reference", "digits", "--metrics", "is")
+        assert "--cache and --no-cache" in refused_cleanly(*model, "--reference", "digits", "--cache", tmp_path / "cache")
+        assert "--guidance 2:1:1" in refused_cleanly("sweep", *model[1:], "--reference", "digits", "--guidance", "2:1:1")
+        assert "nothing to try" in refused_cleanly("sweep", *model[1:], "--reference", "digits")
+        assert "NAME.safetensors" in refused_cleanly("statistics", "--data", "digits", "--out", out, "--protocol", "digits")
+        assert "nothing.json" in refused_cleanly("compare", tmp_path / "nothing.json", tmp_path / "nothing.json")
+
+
 class TestImport:
     def test_bad_input_leaves_nothing(self, refused_cleanly, tmp_path, out):
         broken = tmp_path / "broken.pt"

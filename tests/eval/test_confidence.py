@@ -89,3 +89,5 @@ def test_intervals_of_a_fraction_hold_it_about_95_times_in_100():
         covered.append(low <= 0.8 <= high)
     assert 0.9 <= np.mean(covered) <= 0.99
     assert mean_interval(np.ones(3), np.arange(3)) is None
+    low, high = mean_interval(rng.random(60) < 0.97, np.arange(60) % 10)
+    assert low < high <= 1

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from genvision.errors import UserError
-from genvision.eval.moments import Gaussian, Moments, fid_bias, frechet_distance, merged
+from genvision.eval.moments import Gaussian, Moments, fid_bias, frechet_distance, merged, without
 from parity_fixtures import Fixture
 
 
@@ -101,6 +101,16 @@ def test_merging_leaves_the_parts_alone():
     np.testing.assert_array_equal(a.scatter, before["scatter"])
 
 
+def test_a_part_can_be_taken_away_again():
+    parts = [moments_of(torch.randn(count, 5) + 3) for count in (30, 1, 50)]
+    rest = without(merged(parts), parts[2])
+    expected = merged(parts[:2])
+    assert rest.count == 31
+    np.testing.assert_allclose(rest.mu, expected.mu, rtol=1e-12)
+    np.testing.assert_allclose(rest.sigma, expected.sigma, rtol=1e-10, atol=1e-12)
+    assert without(parts[0], parts[0]).count == 0
+
+
 def test_covariance_survives_a_large_mean():
     features = torch.randn(500, 3, dtype=torch.float64)
     np.testing.assert_allclose(moments_of(*(features + 1e7).split(50)).sigma, moments_of(features).sigma, rtol=1e-6, atol=1e-7)
@@ -134,8 +144,8 @@ def test_unusable_statistics_are_refused_in_one_line():
     with pytest.raises(UserError, match="not finite"):
         moments_of(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(UserError, match="not finite"):
-        Gaussian(np.zeros(2), np.array([[1.0, np.nan], [np.nan, 1.0]]))
+        Gaussian(np.zeros(2), np.array([[1.0, np.nan], [np.nan, 1.0]])).check()
     with pytest.raises(UserError, match="not symmetric"):
-        Gaussian(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
+        Gaussian(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]])).check()
     with pytest.raises(UserError, match=r"mu \[D\] and sigma \[D, D\]"):
-        Gaussian(np.zeros(3), np.eye(2))
+        Gaussian(np.zeros(3), np.eye(2)).check()
