@@ -48,8 +48,6 @@ class ExtractorOptions:
     """Fetch weights when they are not there yet."""
     device: str = "cpu"
     """Where the network runs; features always come back to the CPU."""
-    compile: bool = False
-    """Pass the network through torch.compile: half a minute at the start for a few hundredths of the time afterwards."""
 
 
 class Extractor(ABC):
@@ -68,8 +66,6 @@ class Extractor(ABC):
         self.device = options.device
         self.weights_hash = weights_hash or tensors_hash(network.state_dict())
         self.network = network.to(options.device).eval().requires_grad_(False)
-        if options.compile:
-            self.network.compile()
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray | Tensor, *, want_logits: bool = True, want_spatial: bool = True) -> Features:

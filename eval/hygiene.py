@@ -34,17 +34,22 @@ def count_duplicates(hashes: np.ndarray) -> int:
     return len(hashes) - len(np.unique(hashes, axis=0)) if len(hashes) else 0
 
 
-def duplicate_warning(hashes: np.ndarray) -> str | None:
-    """One line if images are identical, with up to three pairs of them."""
+def duplicate_warning(hashes: np.ndarray, numbers: np.ndarray | None = None) -> str | None:
+    """One line if images are identical, with up to three pairs of them.
+
+    Args:
+        numbers: what the user calls each image, int64 [N]; its place in the set unless told.
+    """
     number = count_duplicates(hashes)
     if not number:
         return None
     first: dict[bytes, int] = {}
     pairs: list[str] = []
     for i, row in enumerate(hashes):
-        earlier = first.setdefault(row.tobytes(), i)
-        if earlier != i and len(pairs) < 3:
-            pairs.append(f"{earlier} and {i}")
+        name = i if numbers is None else int(numbers[i])
+        earlier = first.setdefault(row.tobytes(), name)
+        if earlier != name and len(pairs) < 3:
+            pairs.append(f"{min(earlier, name)} and {max(earlier, name)}")
     named = ", ".join(pairs) + (", ..." if number > len(pairs) else "")
     return (
         f"{number:,} of {len(hashes):,} generated images are identical to another one (images {named}): were seeds used twice, or has the "

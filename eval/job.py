@@ -181,7 +181,7 @@ class Plan:
             sides.append((count, f"the reference {self.reference.name}"))
         dim = self.networks.extractor.feature_dim
         found = [count_warning(count, which, dim) for count, which in sides if compares]
-        found.append(duplicate_warning(measured.hashes))
+        found.append(duplicate_warning(measured.hashes, facts.numbers))
         if "is" in self.metrics and self.protocol.score_estimator != "torch-fidelity":
             found.append(order_warning(facts.labels if len(facts.label_names) > 1 else None, measured.rows["logits"]))
         found.append(format_warning(facts.formats))

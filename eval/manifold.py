@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genvision.errors import UserError
+from genvision.eval.features import exact_float32
 
 Mode = Literal["adm", "float32"]
 ADM_BLOCK = 10_000
@@ -40,6 +41,7 @@ class Manifold:
     """bool [M]"""
 
 
+@exact_float32()
 def precision_recall(
     generated: np.ndarray, reference: np.ndarray, *, k: int = 3, mode: Mode = "float32", device: str | torch.device = "cpu"
 ) -> Manifold:
@@ -70,6 +72,7 @@ def precision_recall(
     )
 
 
+@exact_float32()
 def manifold_radii(features: np.ndarray, *, k: int = 3, mode: Mode = "float32", device: str | torch.device = "cpu") -> np.ndarray:
     """Squared distance of each point to its k-th neighbour, float32 [N]; the point itself is the 0-th, whatever its rounded distance."""
     pairs = _Distances(mode, torch.device(device))
@@ -84,6 +87,7 @@ def manifold_radii(features: np.ndarray, *, k: int = 3, mode: Mode = "float32", 
     return radii
 
 
+@exact_float32()
 def squared_distances(a: np.ndarray, b: np.ndarray, mode: Mode = "float32", device: str | torch.device = "cpu") -> np.ndarray:
     """All pairs of two small sets [N, D] and [M, D]: float32 [N, M]."""
     pairs = _Distances(mode, torch.device(device))

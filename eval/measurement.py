@@ -48,10 +48,10 @@ class Networks:
         """Length of a row of GAUSSIAN_ROWS."""
         return self.of(name).spatial_dim if name == "spatial" else self.of(name).feature_dim
 
-    def hashes(self, names: frozenset[str]) -> dict[str, str]:
-        """Name of rows to the hash of the network behind it."""
-        judge = self.judge.weights_hash if self.judge else ""
-        return {name: judge if name == "judged" else self.of(name).weights_hash for name in sorted(names)}
+    def identities(self, names: frozenset[str]) -> dict[str, str]:
+        """Name of rows to the network behind it: its name, which stands for the resize, too, and the hash of its weights."""
+        judge = f"judge {self.judge.weights_hash}" if self.judge else ""
+        return {name: judge if name == "judged" else f"{self.of(name).name} {self.of(name).weights_hash}" for name in sorted(names)}
 
     def rows(self, images: np.ndarray, wanted: frozenset[str]) -> dict[str, np.ndarray]:
         """What is wanted of uint8 images [B, H, W, 3], by name; arrays [B, ...]."""

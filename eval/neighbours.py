@@ -22,23 +22,24 @@ from torch import Tensor
 from genvision.data.order import epoch_order
 from genvision.data.sources import ImageSource
 from genvision.errors import UserError
-from genvision.eval.accuracy import INTERVAL_METHOD, wilson_interval
+from genvision.eval.accuracy import wilson_interval
 from genvision.eval.features import Extractor, as_pixels, exact_float32
 from genvision.eval.hygiene import hash_images
 from genvision.eval.job import software_versions
+from genvision.eval.nearest_search import Neighbourhood, RunningNearest
+from genvision.eval.report import format_table
 from genvision.eval.sets import find_image_size, stream_batches
 
 SCHEMA = "genvision.neighbours/1"
 Metric = Literal["cosine", "l2"]
+Interval = tuple[float, float]
 PIXEL_SIDE = 32
 """Pixels are compared at most at this side (averaged over areas): small shifts of fine detail count less, and memory stays small."""
 PERCENTILES = (1, 5)
+NUM_RESAMPLES = 1000
+INTERVAL_METHOD = "95 %, bootstrap of generated and held-out images (1,000 resamples), shares at least as wide as Wilson's interval"
 ENOUGH_HELD_OUT = 500
 """Below this the first percentile rests on fewer than five images."""
-PAIRS = 1024
-"""Pairs of images whose exact distance is computed at once."""
-SLACK = 1e-5
-"""Relative error that the expansion of squares may have in float32."""
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -85,10 +86,12 @@ class NeighboursResult:
     pixels_below_p5: float | None = None
     pixels_nearer: float | None = None
 
-    features_below_p1_interval: tuple[float, float] | None = None
-    features_below_p5_interval: tuple[float, float] | None = None
-    pixels_below_p1_interval: tuple[float, float] | None = None
-    pixels_below_p5_interval: tuple[float, float] | None = None
+    features_below_p1_interval: Interval | None = None
+    features_below_p5_interval: Interval | None = None
+    features_nearer_interval: Interval | None = None
+    pixels_below_p1_interval: Interval | None = None
+    pixels_below_p5_interval: Interval | None = None
+    pixels_nearer_interval: Interval | None = None
     interval_method: str = INTERVAL_METHOD
 
     quantiles: list[float]
@@ -129,16 +132,6 @@ class NeighboursResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbourhood:
-    """The neighbours of the queries in one space, nearest first."""
-
-    distances: np.ndarray
-    """float64 [Q, n]"""
-    indices: np.ndarray
-    """int64 [Q, n], places in the training set."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class NeighbourSearch:
     """What `find_neighbours` gives."""
 
@@ -155,51 +148,6 @@ class NeighbourSearch:
         nearest = self.spaces[space].distances[:, 0]
         num = len(self.generated)
         return nearest[:num], None if self.held_out is None else nearest[num:]
-
-
-class RunningNearest:
-    """The n nearest rows of a stream for each query.
-
-    Args:
-        queries: float32 [Q, D].
-        num: n.
-        metric: `cosine` gives 1 - cosine, `l2` the Euclidean distance, `rms` the root mean square difference.
-    """
-
-    def __init__(self, queries: Tensor, num: int, metric: Literal["cosine", "l2", "rms"]) -> None:
-        self.metric, self.num = metric, num
-        self.queries = F.normalize(queries, dim=1) if metric == "cosine" else queries
-        self.lengths = self.queries.square().sum(1, keepdim=True)
-        self.squares = torch.full((len(queries), num), torch.inf, dtype=torch.float64, device=queries.device)
-        self.indices = torch.full((len(queries), num), -1, dtype=torch.int64, device=queries.device)
-
-    def update(self, rows: Tensor, indices: np.ndarray) -> None:
-        """Consider rows float32 [B, D] with their places in the set, int64 [B]."""
-        rows = F.normalize(rows, dim=1) if self.metric == "cosine" else rows
-        # the expansion is quick and loses digits where rows are near: it only chooses, and those distances are then computed exactly
-        lengths = rows.square().sum(1)
-        rough = self.lengths - 2 * self.queries @ rows.T + lengths  # [Q, B]
-        near = rough.topk(min(self.num, len(rows)), dim=1, largest=False)
-        can_enter = near.values <= self.squares[:, -1:] + SLACK * (self.lengths + lengths.max())
-        query, column = can_enter.nonzero(as_tuple=True)
-        exact = torch.full(near.values.shape, torch.inf, dtype=torch.float64, device=rows.device)
-        for part, places in zip(query.split(PAIRS), near.indices[query, column].split(PAIRS), strict=True):
-            exact_part = (self.queries[part].double() - rows[places].double()).square().sum(1)
-            exact[part, column[: len(part)]] = exact_part
-            column = column[len(part) :]
-        places = torch.from_numpy(indices).to(rows.device)[near.indices]
-        squares, places = torch.cat([self.squares, exact], dim=1), torch.cat([self.indices, places], dim=1)
-        # of equal distances the earlier image comes first, so a copy of a copy changes nothing
-        order = squares.sort(dim=1, stable=True).indices[:, : self.num]
-        self.squares, self.indices = squares.gather(1, order), places.gather(1, order)
-
-    def finish(self) -> Neighbourhood:
-        squares = self.squares.cpu().numpy()
-        if self.metric == "cosine":
-            distances = squares / 2  # |a - b|^2 = 2 - 2 cos for unit vectors
-        else:
-            distances = np.sqrt(squares / (self.queries.shape[1] if self.metric == "rms" else 1))
-        return Neighbourhood(distances=distances, indices=self.indices.cpu().numpy())
 
 
 def find_neighbours(
@@ -265,7 +213,7 @@ def find_neighbours(
     scores: dict[str, Any] = {}
     for space, found in spaces.items():
         nearest = found.distances[:, 0]
-        scores |= _scores(space, nearest[:num], nearest[num:] if held_out is not None else None)
+        scores |= _scores(space, nearest[:num], nearest[num:] if held_out is not None else None, config.seed)
     result = NeighboursResult(
         copies=int(copied[:num].sum()),
         held_out_copies=None if held_out is None else int(copied[num:].sum()),
@@ -294,10 +242,16 @@ def find_neighbours(
         device=extractor.device if extractor else "cpu",
         seconds=round(time.monotonic() - began, 2),
         versions=software_versions(),
+        notes=["smooth images are near to many by pixels, whatever they show: look at the sheet before you call one a copy"],
         warnings=warnings,
         **scores,
     )
     return NeighbourSearch(result=result, generated=taken, held_out=taken_real, spaces=spaces)
+
+
+def format_neighbours(result: NeighboursResult) -> str:
+    """The facts of a result, without the names of single images."""
+    return "\n".join(line for line in format_table(result).splitlines() if not line.startswith("nearest "))
 
 
 def shown_rows(spaces: Mapping[str, Neighbourhood], num: int, num_shown: int) -> list[int]:
@@ -329,18 +283,34 @@ def _spaces(images: np.ndarray, extractor: Extractor | None) -> dict[str, Tensor
     return rows
 
 
-def _scores(space: str, generated: np.ndarray, held_out: np.ndarray | None) -> dict[str, Any]:
+def _scores(space: str, generated: np.ndarray, held_out: np.ndarray | None, seed: int) -> dict[str, Any]:
     """The fields of one space."""
     found: dict[str, Any] = {f"{space}_distances": np.quantile(generated, QUANTILES).tolist()}
     if held_out is None:
         return found
     found[f"{space}_held_out_distances"] = np.quantile(held_out, QUANTILES).tolist()
+    rng = np.random.default_rng(seed)
+    resampled = [(rng.choice(generated, len(generated)), rng.choice(held_out, len(held_out))) for _ in range(NUM_RESAMPLES)]
     for percent in PERCENTILES:
-        number = int((generated < np.percentile(held_out, percent)).sum())
-        found[f"{space}_below_p{percent}"] = number / len(generated)
-        found[f"{space}_below_p{percent}_interval"] = wilson_interval(number, len(generated))
+        share = share_below(generated, held_out, percent)
+        found[f"{space}_below_p{percent}"] = share
+        # the percentile itself is a guess, which Wilson's interval takes for the truth; the bootstrap fails where the share is 0 or 1
+        low, high = wilson_interval(round(share * len(generated)), len(generated))
+        less, more = _middle([share_below(mine, real, percent) for mine, real in resampled])
+        found[f"{space}_below_p{percent}_interval"] = min(low, less), max(high, more)
     found[f"{space}_nearer"] = share_nearer(generated, held_out)
+    found[f"{space}_nearer_interval"] = _middle([share_nearer(mine, real) for mine, real in resampled])
     return found
+
+
+def _middle(values: list[float]) -> Interval:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def share_below(generated: np.ndarray, held_out: np.ndarray, percent: float) -> float:
+    """Share of `generated` [K] below a percentile of `held_out` [M]."""
+    return float((generated < np.percentile(held_out, percent)).mean())
 
 
 def share_nearer(generated: np.ndarray, held_out: np.ndarray) -> float:
@@ -374,9 +344,7 @@ def _name_nearest(
         {
             "image": int(taken[row]),
             "name": generated.name(int(taken[row])),
-            **{
-                space: {"names": named(found.indices[row]), "distances": found.distances[row].tolist()} for space, found in spaces.items()
-            },
+            **{space: {"names": named(found.indices[row]), "distances": found.distances[row].tolist()} for space, found in spaces.items()},
         }
         for row in rows
     ]

@@ -247,10 +247,11 @@ def _gaussian(entry: Mapping[str, np.ndarray]) -> Gaussian:
 
 def _check_facts(file: ReferenceFile, names: frozenset[str], networks: Networks) -> None:
     """Refuse our own statistics of another extractor; files of other codes do not say whose they are."""
-    for name in names:
-        network, stored = networks.of(name), file.facts.get(f"{name}_extractor_hash")
-        if stored is not None and stored != network.weights_hash:
+    stored = file.facts.get("networks", {})
+    for name, identity in networks.identities(names).items():
+        if name in stored and stored[name] != identity:
+            (their_name, their_hash), (our_name, our_hash) = stored[name].split(), identity.split()
             raise UserError(
-                f"{file.path}: was measured with another extractor ({stored[:12]}) than '{network.name}' ({network.weights_hash[:12]}); "
+                f"{file.path}: was measured with '{their_name}' ({their_hash[:12]}), these scores use '{our_name}' ({our_hash[:12]}); "
                 "measure it again with genvision statistics"
             )

@@ -41,6 +41,8 @@ class SetFacts:
     """How the images are stored: format to count."""
     order: str
     """In words: as stored, or permuted."""
+    numbers: np.ndarray | None = field(default=None, repr=False)
+    """int64 [N]: the number by which the user knows each image; None: its place in the set."""
     some_images: Sequence[np.ndarray] = field(default=(), repr=False)
     """Tens of images, uint8 [H, W, 3], to be looked at for traces of JPEG."""
 

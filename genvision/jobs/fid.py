@@ -134,6 +134,7 @@ def fid(sampled: SampledSet, plan: Plan, out: Path, *, batch_size: int = 64, kee
         crop="none",
         formats={},
         order=f"permuted with seed {request.seed}",
+        numbers=order,
     )
     sampling = describe(sampled.pipeline, request)
     result = plan.score(
@@ -152,7 +153,7 @@ def fid(sampled: SampledSet, plan: Plan, out: Path, *, batch_size: int = 64, kee
 def _draw_all(sampled: SampledSet, plan: Plan, chunks: ChunkFolder, images: FolderWriter | None, batch_size: int) -> Measurement:
     """This process's share of the images, read from the chunks that are there and drawn otherwise."""
     state = process_state()
-    made_by = plan.networks.hashes(plan.rows)
+    made_by = plan.networks.identities(plan.rows)
     everything = shares(sampled.request.num, batch_size)
     share = everything[state.process_index :: state.num_processes]
     measurement = plan.measurement()

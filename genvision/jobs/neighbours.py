@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,17 +59,17 @@ def search_neighbours(
     )
     save_png(neighbour_sheet(search, *sources, image_size=image_size, num_shown=num_shown), out / "neighbours.png")
     _save_arrays(search, out / "neighbours.npz")
-    write_json(search.result, out / "results.json")  # type: ignore[arg-type]
+    write_json(search.result, out / "results.json")
     return search.result
 
 
 def _save_arrays(search: NeighbourSearch, path: Path) -> None:
-    arrays = {"generated": search.generated}
+    arrays: dict[str, Any] = {"generated": search.generated}
     if search.held_out is not None:
         arrays["held_out"] = search.held_out
     for space, found in search.spaces.items():
         arrays |= {f"{space}_indices": found.indices, f"{space}_distances": found.distances}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, **arrays)
     part.replace(path)

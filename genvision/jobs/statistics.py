@@ -58,8 +58,7 @@ def write_data_statistics(data: str, out: Path, *, options: EvaluationOptions) -
             "image_size": size,
             "crop": options.sets.crop,
             "versions": software_versions(),
-            **{f"{name}_extractor": networks.of(name).name for name in sorted(names)},
-            **{f"{name}_extractor_hash": networks.of(name).weights_hash for name in sorted(names)},
+            "networks": networks.identities(names),
         }
         write_statistics(out, {name: measured.moments(name).gaussian() for name in sorted(names)}, facts)
     state.wait_for_everyone()

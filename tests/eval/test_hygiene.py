@@ -56,6 +56,7 @@ def test_identical_images_are_counted_and_named():
     assert count_duplicates(hashes) == 3
     warning = duplicate_warning(hashes)
     assert warning.startswith("3 of 8 generated images") and "1 and 5, 2 and 6, 1 and 7" in warning
+    assert "11 and 15" in duplicate_warning(hashes, np.arange(10, 18))
     assert duplicate_warning(hash_images(images)) is None
 
 

@@ -211,13 +211,6 @@ def test_code_in_a_weights_file_is_not_run(tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.slow
-def test_compiling_changes_no_features(inception, weights_file, images):
-    compiled = InceptionExtractor(ExtractorOptions(inception_weights=weights_file, compile=True))
-    for value, wanted in zip(compiled(images[:2]), inception(images[:2]), strict=True):
-        torch.testing.assert_close(value, wanted, atol=1e-4 * wanted.std().item(), rtol=0)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_gives_the_features_of_the_cpu_though_tf32_is_allowed(inception, weights_file, images):

@@ -78,6 +78,22 @@ def test_roles_a_collapsed_set_is_precise_and_recalls_nothing(mode):
     assert elsewhere.precision == elsewhere.recall == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["adm", "float32"])
+def test_the_gpu_gives_the_distances_of_the_cpu_though_tf32_is_allowed(activations, mode):
+    sets = [activations.inputs[side].numpy() for side in ("gen", "ref")]
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        on_gpu = squared_distances(*sets, mode, "cuda")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    # float16 rounds sums of products that differ in their last bit to neighbouring numbers
+    tolerance = 1e-5 if mode == "float32" else 2e-3
+    wanted = squared_distances(*sets, mode)
+    np.testing.assert_allclose(on_gpu, wanted, atol=tolerance * wanted.mean())
+
+
 def test_membership_is_told_for_every_image():
     real = torch.randn(300, 4).numpy()
     generated = np.concatenate([real[:30], real[:20] + 50])
