@@ -353,6 +353,186 @@ def compare(*results: Path, html: Path | None = None) -> None:
     _say(format_comparison(comparison))
 
 
+def cas(
+    *,
+    generated: str,
+    real: str,
+    out: Path,
+    baseline: str | None = None,
+    image_size: int | None = None,
+    architecture: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet20"] = "resnet18",
+    epochs: int = 90,
+    steps: int | None = None,
+    batch_size: int = 128,
+    learning_rate: float = 0.1,
+    weight_decay: float = 1e-4,
+    label_smoothing: float = 0.0,
+    crop: Literal["center", "random"] = "random",
+    no_flip: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+    workers: int = 2,
+    device: str | None = None,
+) -> None:
+    """Train a classifier on generated images only and test it on real ones: the Classification Accuracy Score.
+
+    Args:
+        generated: labelled images to learn from: folder:PATH, npz:FILE, parquet:GLOB, digits; or a path.
+        real: labelled real images to be tested on, in the same forms; the classes are matched by name.
+        out: new folder for results.json.
+        baseline: real images to train on in the same way, none of those tested on; the gap to them is stated.
+        image_size: side to which all images are cropped; that of the real images unless told.
+        architecture: resnet50 is the published protocol, resnet20 a quick one for images of at most 64 pixels.
+        epochs: passes over the generated images.
+        steps: batches instead of epochs.
+        batch_size: images at a time.
+        learning_rate: peak for 256 images a batch, scaled with the batch size.
+        weight_decay: of kernels and matrices.
+        label_smoothing: part of a label that is spread over all classes.
+        crop: of training images; random crops come from an image enlarged by up to a quarter.
+        no_flip: do not mirror images; for digits and letters.
+        dtype: of the products; bfloat16 is for GPUs.
+        seed: of the first weights, the order, crops and flips.
+        workers: processes that decode images.
+        device: cuda, cpu, ...; the best there is unless told.
+    """
+    from genvision.eval.classification_accuracy import format_cas
+    from genvision.eval.classifier import ClassifierConfig
+    from genvision.jobs.cas import score_by_classifier
+
+    config = ClassifierConfig(
+        architecture=architecture,
+        num_epochs=epochs,
+        num_steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        crop=crop,
+        flip=not no_flip,
+        dtype=dtype,
+        seed=seed,
+    )
+    result = score_by_classifier(
+        generated, real, out, baseline=baseline, image_size=image_size, config=config, num_workers=workers, device=device
+    )
+    _say(f"{format_cas(result)}\n{out}")
+
+
+def probe(
+    *,
+    model: Path,
+    train: str,
+    test: str,
+    out: Path,
+    layer: str = "all",
+    pooling: str = "mean",
+    k: int = 20,
+    temperature: float = 0.07,
+    epochs: int = 30,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+) -> None:
+    """Probe what a generator has learnt to see: k-NN and linear accuracy of its frozen features, layer by layer.
+
+    Args:
+        model: folder written by train, demo or import.
+        train: labelled real images on which the probes are fitted: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        test: other labelled real images of the same classes.
+        out: new folder for results.json and probe.svg.
+        layer: all, a number, or numbers separated by commas; 0 is what the first block reads.
+        pooling: mean, class, attentive, or several separated by commas.
+        k: neighbours that vote.
+        temperature: of their votes.
+        epochs: passes over the training images, for attentive pooling.
+        num_train: so many training images, drawn at random; all of them unless told.
+        num_test: so many test images, likewise.
+        seed: of the images that are held out, of subsets and of attentive pooling.
+        batch_size: images at a time.
+        workers: processes that decode images.
+        device: cuda, cpu, ...; the best there is unless told.
+    """
+    from genvision.eval.probe_report import format_probe
+    from genvision.jobs.probe import probe_config, probe_folder
+
+    config = probe_config(
+        layer=layer, pooling=pooling, k=k, temperature=temperature, attentive_epochs=epochs, batch_size=batch_size, seed=seed
+    )
+    result = probe_folder(
+        model, train, test, out, config=config, num_train=num_train, num_test=num_test, num_workers=workers, device=device
+    )
+    _say(f"{format_probe(result)}\n{out}")
+
+
+def neighbours(
+    *,
+    generated: str,
+    train: str,
+    out: Path,
+    held_out: str | None = None,
+    extractor: str = "inception",
+    inception_weights: Path | None = None,
+    dinov2_weights: Path | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    metric: Literal["cosine", "l2"] = "cosine",
+    num: int = 1000,
+    num_neighbours: int = 5,
+    rows: int = 16,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+) -> None:
+    """Find the training images that generated ones resemble most: does the model copy? With a picture to look at.
+
+    Args:
+        generated: folder:PATH, npz:FILE, parquet:GLOB, digits; or a path.
+        train: what the model was trained on, in the same forms.
+        out: new folder for results.json, neighbours.png and neighbours.npz.
+        held_out: real images that the model has not seen; without them no distance can be called small.
+        extractor: inception, inception-clean, dinov2, digits or fidelity:NAME; none compares pixels only.
+        inception_weights: local file of the Inception network's weights.
+        dinov2_weights: local file of the weights of DINOv2 ViT-L/14.
+        download: fetch weights that are not there.
+        image_size: crop all sets to this side first; without it all images must have one size.
+        metric: of features; pixels are compared by root mean square.
+        num: generated images, drawn at random, and as many held-out ones.
+        num_neighbours: training images that are kept for each.
+        rows: generated images in the picture, half of them those nearest to the training set.
+        seed: of the images that are drawn.
+        batch_size: images at a time.
+        workers: processes that decode images.
+        device: cuda, cpu, ...; the best there is unless told.
+    """
+    from genvision.eval.features import ExtractorOptions
+    from genvision.eval.neighbours import NeighbourConfig, format_neighbours
+    from genvision.jobs.neighbours import search_neighbours
+    from genvision.processes import choose_device
+
+    networks = ExtractorOptions(
+        inception_weights=inception_weights, dinov2_weights=dinov2_weights, download=download, device=choose_device(device)
+    )
+    config = NeighbourConfig(num=num, num_neighbours=num_neighbours, metric=metric, batch_size=batch_size, seed=seed)
+    result = search_neighbours(
+        generated,
+        train,
+        out,
+        held_out=held_out,
+        extractor=extractor,
+        options=networks,
+        image_size=image_size,
+        config=config,
+        num_shown=rows,
+        num_workers=workers,
+    )
+    _say(f"{format_neighbours(result)}\n{out}")
+
+
 def import_(name: str, file: Path, *, out: Path, weights: Literal["model", "ema"] | None = None) -> None:
     """Turn an official checkpoint into a component of a model folder.
 
@@ -390,6 +570,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "statistics": statistics,
     "compare": compare,
+    "cas": cas,
+    "probe": probe,
+    "neighbours": neighbours,
     "import": import_,
     "presets": presets,
 }

@@ -160,9 +160,11 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
             condition = self.condition_embed.null_features.expand(num, -1, -1)
         prefix = self.condition_embed(condition, torch.ones(num, dtype=torch.bool, device=device))
         x = self.embed_dropout(torch.cat([prefix, self.token_embed(codes.flatten(1))], dim=1))  # [B, P + N, C]
-        states = [x]
-        for block in self.blocks[: max(layers)]:
-            states.append(block(states[-1], self.rotary[: x.shape[1]]))
+        states = {0: x}
+        for layer, block in enumerate(self.blocks[: max(layers)], start=1):
+            x = block(x, self.rotary[: x.shape[1]])
+            if layer in layers:
+                states[layer] = x
         return [states[layer] for layer in layers]
 
     # Cached generation: `start` once, then `extend` by one token a call.

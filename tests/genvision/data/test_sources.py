@@ -202,6 +202,33 @@ class TestDecoding:
         )
         assert abs(difference).mean() < 16
 
+    def test_pixels_of_no_stated_range_are_refused_by_name(self, tmp_path):
+        floats = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+        Image.fromarray(floats).save(tmp_path / "float.tif")
+        Image.fromarray(floats * np.float32(np.nan)).save(tmp_path / "nan.tif")
+        Image.fromarray(np.full((8, 8), 1 << 20, dtype=np.int32)).save(tmp_path / "wide.tif")
+        for name in ("float.tif", "nan.tif", "wide.tif"):
+            with pytest.raises(BadImageError, match=rf"{name}: cannot be read as an image \(its pixels are .* no stated range"):
+                open_image(tmp_path / name)
+
+    def test_the_content_hash_sees_bytes_order_and_labels(self, folder, tmp_path):
+        import os
+
+        source = open_source(f"folder:{folder}")
+        before = source.content_hash()
+        assert before == open_source(f"folder:{folder}").content_hash()
+        victim = folder / "bee" / "b.png"
+        stamp, content = victim.stat(), bytearray(victim.read_bytes())
+        content[-20] ^= 1  # same size, same time
+        victim.write_bytes(content)
+        os.utime(victim, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        assert source.content_hash() != before
+        assert source.fingerprint() == open_source(f"folder:{folder}").fingerprint()
+
+    def test_formats_are_told_by_their_bytes_not_their_names(self, folder):
+        picture(9).save(folder / "bee" / "b.png", format="JPEG")
+        assert open_source(f"folder:{folder}").stored_formats() == {"PNG": 1, "JPEG": 2, "WebP": 1, "BMP": 1}
+
     def test_exif_rotation_is_not_applied(self, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6

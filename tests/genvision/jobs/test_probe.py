@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from genvision.errors import UserError
+from genvision.eval.probe import ProbeConfig
+from genvision.jobs.probe import parse_layers, probe_config, probe_folder
+
+QUICK = ProbeConfig(layers=(1,), k=3, weight_decays=(0.1,))
+
+
+def test_a_model_folder_is_probed_into_files(tiny_model, tmp_path):
+    out = tmp_path / "out"
+    result = probe_folder(tiny_model, "digits:first", "digits:second", out, config=QUICK, num_train=50, num_test=20, show_progress=False)
+    assert sorted(path.name for path in out.iterdir()) == ["probe.svg", "results.json"]
+    content = json.loads((out / "results.json").read_text())
+    assert content["top1"] == result.top1 and content["model"] == str(tiny_model)
+    assert len(content["generator_hash"]) == len(content["tokenizer_hash"]) == 64
+    assert (out / "probe.svg").read_text().startswith("<svg")
+    with pytest.raises(UserError, match="already holds"):
+        probe_folder(tiny_model, "digits:first", "digits:second", out, config=QUICK, show_progress=False)
+
+
+def test_bad_requests_leave_nothing_behind(tiny_model, tmp_path):
+    for model, train, message in (
+        (tmp_path / "absent", "digits:first", "no such folder"),
+        (tiny_model, "digits:third", "part 'third' is unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            probe_folder(model, train, "digits:second", tmp_path / "out", config=QUICK, show_progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_are_read_from_text():
+    assert parse_layers("all") is None
+    assert parse_layers("3") == (3,) and parse_layers("0,4,8") == (0, 4, 8)
+    with pytest.raises(UserError, match="layer 'top'"):
+        parse_layers("top")
+
+
+def test_options_are_read_as_the_command_line_gives_them():
+    config = probe_config(layer="0,2", pooling="mean, attentive", k=7, seed=3)
+    assert config == ProbeConfig(layers=(0, 2), poolings=("mean", "attentive"), k=7, seed=3)
+    with pytest.raises(UserError, match="pooling 'max'"):
+        probe_config(layer="all", pooling="max")
