@@ -134,7 +134,7 @@ class Plan:
         return final
 
     def _result(self, measured: Measured, facts: SetFacts, began: float, fields: dict[str, Any]) -> EvaluationResult:
-        scores = score_set(measured, self.reference, self.protocol, self.metrics, facts)
+        scores = score_set(measured, self.reference, self.protocol, self.metrics, facts, self.networks.extractor.device)
         reference, networks = self.reference, self.networks
         seconds = time.monotonic() - began
         warnings = [*(reference.warnings if reference else []), *fields.pop("warnings", []), *self._warnings(measured, facts, scores)]

@@ -47,8 +47,14 @@ class SetFacts:
     """Tens of images, uint8 [H, W, 3], to be looked at for traces of JPEG."""
 
 
-def score_set(measured: Measured, reference: Reference | None, protocol: Protocol, metrics: Sequence[str], facts: SetFacts) -> Fields:
-    """Fields of the result for all metrics asked for."""
+def score_set(
+    measured: Measured, reference: Reference | None, protocol: Protocol, metrics: Sequence[str], facts: SetFacts, device: str = "cpu"
+) -> Fields:
+    """Fields of the result for all metrics asked for.
+
+    Args:
+        device: where precision and recall compare all pairs of images.
+    """
     found: Fields = {"order_sensitive": [], "notes": []}
     for metric in metrics:
         if metric in GAUSSIAN_OF:
@@ -59,7 +65,7 @@ def score_set(measured: Measured, reference: Reference | None, protocol: Protoco
     members: np.ndarray | None = None
     if "pr" in metrics:
         assert reference is not None
-        members = _precision_recall(found, measured, reference, protocol)
+        members = _precision_recall(found, measured, reference, protocol, device)
     if "kid" in metrics:
         assert reference is not None
         _kernel_distance(found, measured, reference, protocol)
@@ -119,9 +125,9 @@ def _inception_score(found: Fields, logits: np.ndarray, protocol: Protocol) -> N
         found["notes"].append(f"Inception Score by other estimators, from the same logits: {listed}; smaller parts score lower")
 
 
-def _precision_recall(found: Fields, measured: Measured, reference: Reference, protocol: Protocol) -> np.ndarray:
+def _precision_recall(found: Fields, measured: Measured, reference: Reference, protocol: Protocol, device: str) -> np.ndarray:
     assert reference.features is not None
-    manifold = precision_recall(measured.rows["pool"], reference.features, k=NUM_NEIGHBOURS, mode=protocol.neighbour_mode)
+    manifold = precision_recall(measured.rows["pool"], reference.features, k=NUM_NEIGHBOURS, mode=protocol.neighbour_mode, device=device)
     precision, recall = manifold.precision, manifold.recall
     found |= {
         "precision": precision,

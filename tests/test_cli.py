@@ -569,6 +569,32 @@ class TestScoring:
         assert "sampling" in capsys.readouterr().out
         assert (tmp_path / "compare.html").is_file()
 
+    def test_what_fid_does_not_say(self, tiny_model, tmp_path, capsys):
+        cpu = ["--device", "cpu", "--workers", "0"]
+        sets = ["--generated", "digits:first", "--real", "digits:second", "--no-flip", "--architecture", "resnet20", "--steps", "6"]
+        main(["cas", *sets, "--out", str(tmp_path / "cas"), *cpu])
+        main(
+            [
+                "probe",
+                "--model",
+                str(tiny_model),
+                "--train",
+                "digits:first",
+                "--test",
+                "digits:second",
+                "--out",
+                str(tmp_path / "probe"),
+                *cpu,
+            ]
+        )
+        sets = ["--generated", "digits:first", "--train", "digits:second", "--extractor", "digits", "--num", "40"]
+        main(["neighbours", *sets, "--out", str(tmp_path / "neighbours"), *cpu])
+        said = capsys.readouterr().out
+        assert all(str(tmp_path / name) in said for name in ("cas", "probe", "neighbours"))
+        for name, files in (("cas", ["results.json"]), ("probe", ["probe.svg", "results.json"])):
+            assert sorted(path.name for path in (tmp_path / name).iterdir()) == files
+        assert {"neighbours.png", "results.json"} <= {path.name for path in (tmp_path / "neighbours").iterdir()}
+
     def test_bad_input_leaves_nothing(self, refused_cleanly, tiny_model, tmp_path, out):
         broken = tmp_path / "broken.npz"
         np.savez(broken, mu=np.zeros(64), sigma=np.eye(64))

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from result_examples import FULL, changed
 
+from genvision.eval.classification_accuracy import CASResult
+from genvision.eval.neighbours import NeighboursResult
+from genvision.eval.probe import ProbeResult
 from genvision.eval.reconstruction import ReconstructionResult
 from genvision.eval.report import SCORES, format_table, report_sentence, score_number, to_json, write_json, write_text
 from genvision.eval.result import EvaluationResult
@@ -123,7 +126,7 @@ def test_sentence_leaves_out_what_is_not_known():
     assert "reference" not in sentence and "None" not in sentence and "intervals" not in sentence
 
 
-@pytest.mark.parametrize("kind", [EvaluationResult, ReconstructionResult])
+@pytest.mark.parametrize("kind", [EvaluationResult, ReconstructionResult, CASResult, ProbeResult, NeighboursResult])
 def test_every_key_is_documented(kind):
     documented = DOCS.read_text()
     assert [field.name for field in fields(kind) if f"`{field.name}`" not in documented] == []
