@@ -4,6 +4,7 @@ Images: uint8 [N, H, W, 3] with labels [N].
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def write_sweep_page(path: Path, settings: list[dict[str, float]], results: list
     if "inception_score" in shown:
         charts.append(_trade_off(swept, settings, results, best))
     others = _others(swept, settings)
-    warnings = list(dict.fromkeys(line for result in results for line in result.warnings))
+    warnings = _told_once([line for result in results for line in result.warnings])
     chosen = ", ".join(f"{field_title(name)} {value:g}" for name, value in settings[best].items())
     body = [
         f'<header><p class="eyebrow">genvision · sweep</p><h1>{breakable(title)}</h1>{paragraph(lead, "lead")}</header>',
@@ -159,6 +160,14 @@ def write_sweep_page(path: Path, settings: list[dict[str, float]], results: list
         FOOTER,
     ]
     write_text(path, document(f"Sweep of {title}", "\n".join(part for part in body if part)))
+
+
+def _told_once(lines: Sequence[str]) -> list[str]:
+    """Lines that differ in their numbers alone are told once, with how many settings they came from."""
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        kinds.setdefault(re.sub(r"\d[\d,.]*", "#", line), []).append(line)
+    return [same[0] if len(same) == 1 else f"{same[0]} (so or alike in {len(same)} settings)" for same in kinds.values()]
 
 
 def page_indices(labels: np.ndarray, per_class: Sequence[dict[str, Any]] | None = None) -> list[int]:

@@ -16,7 +16,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from genvision.data.sources import ImageSource, NpzSource, open_source
+from genvision.data.sources import ImageSource, NpzSource, file_hash, open_source
 from genvision.errors import UserError
 from genvision.eval.moments import Gaussian
 from genvision.training.state import sync
@@ -105,7 +104,7 @@ def _open_npz(path: Path, spec: str) -> ReferenceFile | ImageSource:
         if mu in arrays:
             statistics[name] = _gaussian(path, mu, arrays[mu], arrays[sigma], None)
     images = NpzSource(spec, str(path)) if "arr_0" in names else None
-    return ReferenceFile(path=path, content_hash=_file_hash(path), statistics=statistics, images=images)
+    return ReferenceFile(path=path, content_hash=file_hash(path), statistics=statistics, images=images)
 
 
 def _open_own(path: Path) -> ReferenceFile:
@@ -124,7 +123,7 @@ def _open_own(path: Path) -> ReferenceFile:
         name: _gaussian(path, name, arrays[f"{name}/mu"], arrays[f"{name}/sigma"], int(arrays[f"{name}/count"][0]) or None)
         for name in names
     }
-    return ReferenceFile(path=path, content_hash=_file_hash(path), statistics=statistics, facts=json.loads(facts["facts"]))
+    return ReferenceFile(path=path, content_hash=file_hash(path), statistics=statistics, facts=json.loads(facts["facts"]))
 
 
 def _open_pickle(path: Path) -> ReferenceFile:
@@ -143,7 +142,7 @@ def _open_pickle(path: Path) -> ReferenceFile:
         name: _gaussian(path, name, mu, sigma, count if isinstance(count, int) and count > 0 else None)
         for name, (mu, sigma) in arrays.items()
     }
-    return ReferenceFile(path=path, content_hash=_file_hash(path), statistics=statistics)
+    return ReferenceFile(path=path, content_hash=file_hash(path), statistics=statistics)
 
 
 def _gaussian(path: Path, name: str, mu: np.ndarray, sigma: np.ndarray, count: int | None) -> Gaussian:
@@ -212,14 +211,6 @@ def _array_of(recipe: Any) -> np.ndarray:
         raise ValueError(f"its arrays are of type {kind}, not float")
     array = np.frombuffer(content, dtype=f"<{kind}")
     return array.reshape(shape, order="F" if is_fortran else "C")
-
-
-def _file_hash(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from genvision.eval.confidence import FrechetConfidence, frechet_confidence, mean_interval, method
 from genvision.eval.inception_score import InceptionScore, inception_score
 from genvision.eval.kernel_distance import kernel_distance, kid_interval
-from genvision.eval.manifold import precision_recall
+from genvision.eval.manifold import Manifold, precision_recall
 from genvision.eval.measurement import Measured
 from genvision.eval.moments import Moments, frechet_distance
 from genvision.eval.protocols import Protocol
@@ -21,6 +21,8 @@ from genvision.eval.reference import GAUSSIAN_OF, Reference
 IMAGES_PER_FEATURE = 2
 """FID of a class is computed where both sides have so many images of it for each feature."""
 NUM_NEIGHBOURS = 3
+MAX_COMPARED = 10_000
+"""Images on each side up to which precision and recall are computed in both arithmetics."""
 Fields = dict[str, Any]
 
 
@@ -128,6 +130,8 @@ def _inception_score(found: Fields, logits: np.ndarray, protocol: Protocol) -> N
 def _precision_recall(found: Fields, measured: Measured, reference: Reference, protocol: Protocol, device: str) -> np.ndarray:
     assert reference.features is not None
     manifold = precision_recall(measured.rows["pool"], reference.features, k=NUM_NEIGHBOURS, mode=protocol.neighbour_mode, device=device)
+    if protocol.neighbour_mode == "adm":
+        found["notes"].append(_other_arithmetic(manifold, measured.rows["pool"], reference.features, device))
     precision, recall = manifold.precision, manifold.recall
     found |= {
         "precision": precision,
@@ -138,6 +142,15 @@ def _precision_recall(found: Fields, measured: Measured, reference: Reference, p
         "pr_mode": protocol.neighbour_mode,
     }
     return manifold.generated_inside
+
+
+def _other_arithmetic(manifold: Manifold, generated: np.ndarray, reference: np.ndarray, device: str) -> str:
+    why = "ADM's evaluator rounds distances to float16, other suites do not"
+    if max(len(generated), len(reference)) > MAX_COMPARED:
+        return f"{why}, which moves precision and recall by about 0.005 (not computed for more than {MAX_COMPARED:,} images)"
+    other = precision_recall(generated, reference, k=NUM_NEIGHBOURS, mode="float32", device=device)
+    moved = f"({other.precision - manifold.precision:+.4f} and {other.recall - manifold.recall:+.4f})"
+    return f"precision and recall in float32, from the same features: {other.precision:.4f} and {other.recall:.4f} {moved}; {why}"
 
 
 def _kernel_distance(found: Fields, measured: Measured, reference: Reference, protocol: Protocol) -> None:

@@ -222,7 +222,7 @@ class FolderSource(ImageSource):
     def content_hash(self, show_progress: bool = False) -> str:
         names = [self.name(index) for index in range(len(self))]
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            digests = [*track(pool.map(_file_hash, names), len(names), "hashing", show=show_progress)]
+            digests = [*track(pool.map(file_hash, names), len(names), "hashing", show=show_progress)]
         return _digest("folder", self._names, np.array(digests), self.labels)
 
     def stored_formats(self) -> dict[str, int]:
@@ -549,7 +549,12 @@ def _open_member(path: Path, member: str) -> np.ndarray:
         return np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
 
 
-def _file_hash(name: str) -> str:
+def file_hash(name: str | Path) -> str:
+    """sha256 of a file.
+
+    Raises:
+        UserError: it is gone.
+    """
     try:
         with Path(name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_hash(file)

@@ -277,3 +277,11 @@ def test_sweep_of_one_setting_and_of_twelve_curves_makes_a_page(sweep):
     settings = [{"guidance": float(g), "steps": s} for s in range(12) for g in range(13)]
     page = sweep(settings, [FULL] * len(settings), 0)
     assert len([tag for tag, _ in page.tags if tag == "polyline"]) == 36
+
+
+def test_a_sweep_tells_a_warning_of_every_setting_once(tmp_path):
+    results = [changed(warnings=[f"{i} of 100 images are identical", "too few images"], fid=float(i + 1)) for i in range(3)]
+    write_sweep_page(tmp_path / "sweep.html", [{"guidance_scale": float(i)} for i in range(3)], results, best=0)
+    page = (tmp_path / "sweep.html").read_text()
+    assert "0 of 100 images are identical (so or alike in 3 settings)" in page and "1 of 100" not in page
+    assert page.count("too few images") == 1

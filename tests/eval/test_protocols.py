@@ -73,6 +73,7 @@ def test_adm_measures_its_five_scores_whatever_the_format(folder, options):
     for key in ("fid", "sfid", "inception_score", "precision", "recall"):
         assert getattr(from_npz, key) == pytest.approx(getattr(from_png, key), rel=1e-6), key
     assert from_png.order_sensitive == ["inception_score"]
+    assert any(note.startswith("precision and recall in float32, from the same features") for note in from_png.notes)
     assert (from_png.is_estimator, from_png.is_block_size, from_png.pr_mode) == ("adm", 5000, "adm")
     assert from_png.generated_hash == from_npz.generated_hash
     assert from_png.feature_dim == 2048

@@ -1,5 +1,6 @@
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from result_examples import FULL, changed
@@ -133,3 +134,8 @@ def test_what_is_written_is_valid_whatever_was_measured():
     )
     for result in (FULL, nothing):
         validate(json.loads(to_json(result)))
+
+
+def test_the_published_schema_is_the_one_in_force():
+    published = json.loads((Path(__file__).parents[2] / "docs" / "evaluation.schema.json").read_text())
+    assert published == result_schema()
