@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 import numpy as np
@@ -337,7 +338,8 @@ def map_in_order(function: Callable[[K], V], keys: Iterable[K], num_workers: int
         worker_init_fn=_obey_main_alone,
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
-    iterator: Any = iter(loader)
+    with _signals_held():  # a worker must not meet a signal before it has said how it takes them
+        iterator: Any = iter(loader)
     try:
         while True:
             try:
@@ -372,12 +374,27 @@ class _Mapped(Dataset[Any]):
             return error
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that end a process wait until the end of the block, also in processes that begin in it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _obey_main_alone(_: int) -> None:
     """A signal to the whole process group must not end a worker: the main process finishes its step and needs it until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
         threading.Thread(target=_end_when_main_says, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def _end_when_main_says() -> None:

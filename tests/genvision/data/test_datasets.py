@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -256,15 +257,23 @@ class TestWorkers:
         assert time.monotonic() - began < 5
         iterator.close()
 
-    def test_a_killed_one_is_reported_in_one_line(self, source):
-        iterator = iter(batches(random_crops(source), seed=1, batch_size=4, num_workers=1))
+    def test_a_killed_one_is_reported_in_one_line(self):
+        iterator = map_in_order(_sleep, [0, 60], 1)
         next(iterator)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        [worker] = multiprocessing.active_children()
+        threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()  # while we wait for the second
         with pytest.raises(UserError, match="lower num_workers") as caught:
-            for _ in range(20):
-                next(iterator)
-                time.sleep(0.05)
+            next(iterator)
         assert "\n" not in str(caught.value)
+
+    def test_none_meets_a_signal_before_it_knows_how_to_take_it(self):
+        for _ in range(5):
+            iterator = map_in_order(abs, itertools.count(), 4)
+            assert next(iterator) == 0  # of the first worker; the others may just have begun
+            workers = multiprocessing.active_children()
+            subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+            assert [next(iterator) for _ in range(20)] == list(range(1, 21))
+            iterator.close()
 
     def test_a_bug_keeps_its_traceback(self):
         with pytest.raises(ZeroDivisionError, match="Traceback"):
