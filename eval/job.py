@@ -41,6 +41,8 @@ from genvision.processes import process_state
 
 LOOKED_AT = {"is": "logits", "class_accuracy": "judged"}
 """Metric to the rows of the generated set that it needs image by image."""
+MAX_COMPARED_IMAGES = 50_000
+"""Reference images with which a set is compared one by one unless told otherwise: they are held in memory."""
 ReferenceLike = str | np.ndarray | ImageSource | ReferenceFile
 
 
@@ -95,6 +97,8 @@ class Plan:
     networks: Networks
     reference: Reference | None
     options: EvaluationOptions
+    left_out: list[str]
+    """Which of the protocol's metrics are not measured, and why."""
 
     @property
     def moments(self) -> frozenset[str]:
@@ -138,6 +142,7 @@ class Plan:
         reference, networks = self.reference, self.networks
         seconds = time.monotonic() - began
         warnings = [*(reference.warnings if reference else []), *fields.pop("warnings", []), *self._warnings(measured, facts, scores)]
+        scores["notes"] += self.left_out
         if self.protocol.extractor != networks.extractor.name:
             scores["notes"].append(f"extractor {networks.extractor.name} instead of {self.protocol.extractor}, which the protocol names")
         return EvaluationResult(
@@ -212,7 +217,7 @@ def plan_evaluation(
     target = (
         None if reference is None else open_any(ArraySource(reference, name="array") if isinstance(reference, np.ndarray) else reference)
     )
-    metrics = _choose_metrics(protocol, options.metrics, target, label_names)
+    metrics, left_out = _choose_metrics(protocol, options.metrics, target, label_names)
     _check_count(name, num, 10 if "is" in metrics and protocol.score_estimator != "adm" else 2)
     if "pr" in metrics:
         _check_count(name, num, 4)
@@ -221,7 +226,7 @@ def plan_evaluation(
     networks = load_networks(protocol, metrics, options)
     needed = tuple(metric for metric in metrics if metric in COMPARING)
     prepared = prepare_reference(target, networks, needed, options.sets, options.cache) if target is not None and needed else None
-    return Plan(protocol=protocol, metrics=metrics, networks=networks, reference=prepared, options=options)
+    return Plan(protocol=protocol, metrics=metrics, networks=networks, reference=prepared, options=options, left_out=left_out)
 
 
 def evaluate(
@@ -303,8 +308,8 @@ def software_versions() -> dict[str, str]:
 
 def _choose_metrics(
     protocol: Protocol, wanted: Sequence[str] | None, reference: ImageSource | ReferenceFile | None, label_names: Sequence[str]
-) -> tuple[str, ...]:
-    """What is to be measured; what was asked for by name and cannot be had is refused, a default is left out."""
+) -> tuple[tuple[str, ...], list[str]]:
+    """What is to be measured, and why some default metrics are not; what was asked for by name and cannot be had is refused."""
     metrics = protocol.choose(wanted)
     problems = {
         metric: f"{metric} compares with a reference and none was given; add --reference, or leave {metric} out of --metrics"
@@ -317,10 +322,14 @@ def _choose_metrics(
         problems["class_accuracy"] = "class_accuracy needs generated images whose classes are called 0 to 9; give labels, or leave it out"
     if wanted is not None and problems:
         raise UserError(next(iter(problems.values())))
+    if wanted is None and isinstance(reference, ImageSource) and len(reference) > MAX_COMPARED_IMAGES:
+        too_many = f"compares image by image, too much for a reference of {len(reference):,}; name it in --metrics to do it anyway"
+        problems |= {metric: f"{metric} {too_many}" for metric in metrics if metric in ROWS_OF}
     left = tuple(metric for metric in metrics if metric not in problems)
     if not left:
         raise UserError(f"protocol {protocol.name} measures nothing here: {next(iter(problems.values()))}")
-    return left
+    told = [f"not measured: {why}" for metric, why in problems.items() if metric != "class_accuracy" and reference is not None]
+    return left, told
 
 
 def load_networks(protocol: Protocol, metrics: Sequence[str], options: EvaluationOptions) -> Networks:

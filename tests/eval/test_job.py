@@ -263,6 +263,7 @@ def test_statistics_written_to_a_file_serve_as_a_reference(tmp_path):
     assert stored.num_reference_statistics == 899
     everything = evaluate("digits:first", str(out), options=OPTIONS)
     assert everything.precision is None and everything.fid is not None
+    assert any(note.startswith("not measured: ") and "pr compares with images" in note for note in everything.notes)
     with pytest.raises(UserError, match="pr compares with images"):
         evaluate("digits:first", str(out), options=only("pr"))
     with pytest.raises(UserError, match="is there already"):
@@ -300,6 +301,14 @@ def test_everything_is_refused_before_the_reference_is_measured(tmp_path):
     options = replace(OPTIONS, extractor=Unreadable(ExtractorOptions()))
     with pytest.raises(UserError, match="16x16 pixels, the reference digits of 8x8"):
         plan_evaluation("digits", num=100, image_size=16, label_names=["a"], options=options)
+
+
+def test_huge_references_are_compared_image_by_image_only_when_asked(monkeypatch):
+    monkeypatch.setattr("genvision.eval.job.MAX_COMPARED_IMAGES", 800)
+    result = evaluate("digits:first", "digits:second", options=OPTIONS)
+    assert result.precision is None and result.fid is not None
+    assert any("pr compares image by image" in note for note in result.notes)
+    assert evaluate("digits:first", "digits:second", options=only("pr")).precision is not None
 
 
 def test_the_result_is_plain_json(digits_first):
