@@ -62,6 +62,30 @@ def test_the_scores_of_the_tour_can_be_had_without_inception(tmp_path, monkeypat
     assert (tmp_path / "runs/scores.json").is_file()
 
 
+def test_the_commands_that_score_a_model_run(tiny_model, tmp_path, monkeypatch):
+    """As they stand, with digits in the place of ImageNet and its Inception, and few images."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"## Scores that can be trusted\n\n```\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    commands = [shlex.split(line)[1:] for line in block[1].strip().splitlines()]
+    assert [words[0] for words in commands] == ["fid", "sweep", "compare"]
+    small = {"--model": str(tiny_model), "--num": "40", "--reference": "digits:second"}
+    for words in commands:
+        for option, value in small.items():
+            if option in words:
+                words[words.index(option) + 1] = value
+        if "--inception-weights" in words:
+            at = words.index("--inception-weights")
+            del words[at : at + 2]
+        if words[0] != "compare":
+            words += ["--protocol", "digits", "--no-cache", "--device", "cpu", "--workers", "0"]
+        main(words)
+        if words[0] == "sweep":
+            (tmp_path / "other.json").write_bytes((tmp_path / "runs/sweep/guidance_scale=1.5/results.json").read_bytes())
+    for name in ("runs/fid/results.json", "runs/fid/page.html", "runs/sweep/sweep.html", "comparison.html"):
+        assert (tmp_path / name).is_file(), name
+
+
 def test_every_import_example_names_a_preset():
     from genvision.presets import PRESETS
 
