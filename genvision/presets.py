@@ -48,6 +48,21 @@ def _vq(multipliers: tuple[int, ...], file: str, size: float, published: dict[st
     )
 
 
+def _vqgan(codebook_size: int, published: dict[str, float], size: float) -> Preset:
+    network = {"z_channels": 256, "resolution": 256, "ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (16,)}
+    return Preset(
+        component="tokenizer",
+        family="taming-vqgan",
+        config={"ddconfig": network, "n_embed": codebook_size, "embed_dim": 256},
+        file="last.ckpt",
+        image_size=256,
+        million_parameters=size,
+        source="VQGAN, arXiv:2012.09841, and the table of its repository",
+        published=published,
+        notes="rFID by torch-fidelity against the validation images.",
+    )
+
+
 SIZES = {
     "b": (12, 12, 768, 110.9),
     "l": (24, 16, 1024, 342.9),
@@ -77,6 +92,8 @@ def _gpt(size: str, image_size: int, guidance: float, published: dict[str, float
 PRESETS: dict[str, Preset] = {
     "llamagen-vq16": _vq((1, 1, 2, 2, 4), "vq_ds16_c2i.pt", 71.9, {"rfid": 2.19, "psnr": 20.79, "ssim": 0.675, "codebook_usage": 0.97}),
     "llamagen-vq8": _vq((1, 2, 2, 4), "vq_ds8_c2i.pt", 70.1, {"rfid": 0.59, "psnr": 24.45, "ssim": 0.813, "codebook_usage": 0.976}),
+    "vqgan-imagenet-f16-1024": _vqgan(1024, {"rfid": 7.94}, 72.1),
+    "vqgan-imagenet-f16-16384": _vqgan(16384, {"rfid": 4.98}, 76.1),
     "llamagen-c2i-b-256": _gpt("b", 256, 2.0, {"fid": 5.46, "is": 193.61, "precision": 0.83, "recall": 0.45}),
     "llamagen-c2i-b-384": _gpt("b", 384, 2.25, {"fid": 6.09, "is": 182.54, "precision": 0.845, "recall": 0.416}),
     "llamagen-c2i-l-256": _gpt("l", 256, 1.75, {"fid": 3.80, "is": 248.28, "precision": 0.833, "recall": 0.515}),

@@ -33,13 +33,24 @@ class VectorQuantizer(nn.Module):
         codebook_size: K.
         codebook_dim: D.
         l2_norm: compare and return unit vectors; the stored table itself is not kept at unit length.
-        commitment_beta: weight of the commitment term.
+        commitment_beta: weight of the commitment term, which moves the encoder.
+        codebook_weight: weight of the codebook term, which moves the codes.
         entropy_weight: weight of mean per-vector entropy minus entropy of the mean assignment (0 leaves it out).
     """
 
-    def __init__(self, codebook_size: int, codebook_dim: int, *, l2_norm: bool, commitment_beta: float, entropy_weight: float) -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        *,
+        l2_norm: bool,
+        commitment_beta: float,
+        codebook_weight: float = 1.0,
+        entropy_weight: float,
+    ) -> None:
         super().__init__()
-        self.l2_norm, self.commitment_beta, self.entropy_weight = l2_norm, commitment_beta, entropy_weight
+        self.l2_norm, self.entropy_weight = l2_norm, entropy_weight
+        self.commitment_beta, self.codebook_weight = commitment_beta, codebook_weight
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
         if l2_norm:
@@ -70,7 +81,7 @@ class VectorQuantizer(nn.Module):
             codes = distances.detach().argmin(1).view(z.shape[:-1])
             vectors = F.embedding(codes, table)
             losses = {
-                "codebook": F.mse_loss(vectors, z.detach()),
+                "codebook": self.codebook_weight * F.mse_loss(vectors, z.detach()),
                 "commitment": self.commitment_beta * F.mse_loss(z, vectors.detach()),
             }
             if self.entropy_weight:

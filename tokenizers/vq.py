@@ -1,7 +1,7 @@
-"""Convolutional VQ tokenizer (VQGAN, arXiv:2012.09841 section 3.1, in LlamaGen's form, arXiv:2406.06525 section 3.1).
+"""Convolutional VQ tokenizer: VQGAN (arXiv:2012.09841 section 3.1) and LlamaGen's with unit codes (arXiv:2406.06525 section 3.1).
 
 Shapes: images [B, 3, H, W] in [-1, 1], codes [B, h, w] with h = H / downsample, D codebook dimension.
-Module names follow the official checkpoints.
+Module names follow LlamaGen's checkpoints.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,8 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         codebook_size: number of codes.
         codebook_dim: channels of a code.
         codebook_l2_norm: compare unit vectors.
-        commitment_beta: weight of the commitment loss.
+        commitment_beta: weight of the commitment loss, which moves the encoder.
+        codebook_weight: weight of the codebook loss, which moves the codes. (The released VQGANs have 1 and 0.25 the other way round.)
         entropy_weight: weight of the entropy loss; 0 leaves it out.
         base_channels: width at full resolution.
         encoder_multipliers: width factor of each level; one level fewer than that many halvings of the resolution.
@@ -61,6 +62,7 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         codebook_dim: int = 8,
         codebook_l2_norm: bool = True,
         commitment_beta: float = 0.25,
+        codebook_weight: float = 1.0,
         entropy_weight: float = 0.0,
         base_channels: int = 128,
         encoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
@@ -84,7 +86,12 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         self.encoder = Encoder(base_channels, encoder_multipliers, num_res_blocks, z_channels, norm_groups, dropout)
         self.decoder = Decoder(base_channels, decoder_multipliers, num_res_blocks, z_channels, norm_groups, dropout)
         self.quantize = VectorQuantizer(
-            codebook_size, codebook_dim, l2_norm=codebook_l2_norm, commitment_beta=commitment_beta, entropy_weight=entropy_weight
+            codebook_size,
+            codebook_dim,
+            l2_norm=codebook_l2_norm,
+            commitment_beta=commitment_beta,
+            codebook_weight=codebook_weight,
+            entropy_weight=entropy_weight,
         )
         self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from genvision.convert.generators import llamagen_gpt
 from genvision.convert.readers import fill
-from genvision.convert.tokenizers import llamagen_vq
+from genvision.convert.tokenizers import llamagen_vq, taming_vqgan
 from genvision.errors import UserError
 
 Converter = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[nn.Module, dict[str, Tensor]]]
 
-FAMILIES: dict[str, Converter] = {"llamagen-gpt": llamagen_gpt, "llamagen-vq": llamagen_vq}
+FAMILIES: dict[str, Converter] = {"llamagen-gpt": llamagen_gpt, "llamagen-vq": llamagen_vq, "taming-vqgan": taming_vqgan}
 """Family to a function that makes our empty module and the state dict under our names."""
 
 

@@ -1,10 +1,12 @@
 """Official tokenizer weights to ours."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from genvision.errors import UserError
 from genvision.tokenizers.vq import VQTokenizer
 
 
@@ -29,3 +31,46 @@ def llamagen_vq(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         dropout=config.get("dropout_p", 0.0),
     )
     return module, {name: tensor for name, tensor in state_dict.items() if name != "quantize.codebook_used"}
+
+
+def taming_vqgan(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """VQGAN (CompVis/taming-transformers, taming/models/vqgan.py VQModel) with attention at the lowest resolution only, as released.
+
+    The networks are LlamaGen's under other names; its decoder counts levels from the shallowest. Losses (`loss.*`) are left behind.
+    `legacy`, the default and the way of all released models, puts `beta` on the codebook term.
+    """
+    network, legacy, beta = config["ddconfig"], config.get("legacy", True), config.get("beta", 0.25)
+    multipliers = tuple(network["ch_mult"])
+    lowest = network["resolution"] // 2 ** (len(multipliers) - 1)
+    if list(network["attn_resolutions"]) != [lowest]:
+        raise UserError(
+            f"attn_resolutions {list(network['attn_resolutions'])}: only attention at the lowest resolution, {lowest}, is supported"
+        )
+    module = VQTokenizer(
+        image_size=network["resolution"],
+        codebook_size=config["n_embed"],
+        codebook_dim=config["embed_dim"],
+        codebook_l2_norm=False,
+        commitment_beta=1.0 if legacy else beta,
+        codebook_weight=beta if legacy else 1.0,
+        base_channels=network["ch"],
+        encoder_multipliers=multipliers,
+        num_res_blocks=network["num_res_blocks"],
+        z_channels=network["z_channels"],
+        norm_groups=config.get("norm_num_groups", 32),
+        dropout=network.get("dropout", 0.0),
+    )
+    deepest = len(multipliers) - 1
+    renamed = {_llamagen_name(name, deepest): tensor for name, tensor in state_dict.items() if not name.startswith("loss.")}
+    return module, renamed
+
+
+def _llamagen_name(name: str, deepest: int) -> str:
+    """Name of a tensor in LlamaGen's checkpoints: levels in the order in which they run, the middle as a list."""
+    if level := re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample)\.(.*)", name):
+        side, number = level[1].split(".")[0], int(level[2])
+        place = number if side == "encoder" else deepest - number
+        return f"{side}.conv_blocks.{place}.{'res' if level[3] == 'block' else level[3]}.{level[4]}"
+    if middle := re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.*)", name):
+        return f"{middle[1]}.mid.{('block_1', 'attn_1', 'block_2').index(middle[2])}.{middle[3]}"
+    return name

@@ -9,8 +9,10 @@ from parity_fixtures import manifest
 
 
 def manifest_of(name: str) -> dict:
-    """llamagen-c2i-b-256 -> manifest_llamagen_gpt_b_c2i_256.json, llamagen-vq16 -> manifest_llamagen_vq16.json."""
+    """llamagen-c2i-b-256 -> manifest_llamagen_gpt_b_c2i_256.json, vqgan-imagenet-f16-1024 -> manifest_taming_vqgan_..._1024.json."""
     family, *rest = name.split("-")
+    if family == "vqgan":
+        return manifest("_".join(["taming", family, *rest]))
     return manifest("_".join([family, *(["gpt", rest[1], rest[0], rest[2]] if len(rest) == 3 else rest)]))
 
 
@@ -23,6 +25,10 @@ def test_size_equals_the_recorded_one(name):
 def test_arguments_equal_the_recorded_ones(name):
     recorded = manifest_of(name)["config"]
     for argument, value in PRESETS[name].config.items():
+        if argument == "ddconfig":
+            parts = {key: list(part) if isinstance(part, tuple) else part for key, part in value.items()}
+            assert all(recorded[argument][key] == part for key, part in parts.items())
+            continue
         known = recorded["ch_mult"] if argument.endswith("ch_mult") else recorded[argument]
         assert (list(value) if isinstance(value, tuple) else value) == known
 

@@ -33,6 +33,39 @@ def test_codes_and_images_equal_the_official_ones(name):
     close(entries.permute(0, 3, 1, 2), out["codebook_entry_channel_first"], fixture.atol)
 
 
+class TestVQGAN:
+    @pytest.fixture
+    def fixture(self) -> Fixture:
+        return Fixture("taming_vqgan")
+
+    def test_codes_and_images_equal_the_official_ones(self, fixture):
+        model = load_official("taming-vqgan", fixture.state | {"loss.discriminator.main.0.bias": torch.zeros(4)}, fixture.config)
+        x, out = fixture.inputs["x"], fixture.outputs
+        with torch.no_grad():
+            close(model.encode_continuous(x).permute(0, 3, 1, 2), out["prequant"], fixture.atol)
+            codes = model.encode(x)
+            assert torch.equal(codes.flatten(), out["indices"])
+            close(model.quantize.look_up(codes).permute(0, 3, 1, 2), out["quant"], fixture.atol)
+            close(model.decode(codes), out["recon_from_indices"], fixture.atol)
+            close(model(x).reconstruction, out["recon"], fixture.atol)
+
+    @pytest.mark.parametrize("legacy", [True, False])
+    def test_beta_stands_where_the_release_has_it(self, fixture, legacy):
+        model = load_official("taming-vqgan", fixture.state, fixture.config | {"legacy": legacy})
+        kind = "legacy" if legacy else "fixed"
+        z = fixture.outputs["prequant"].permute(0, 2, 3, 1).clone().requires_grad_()
+        loss = sum(model.quantize(z).losses.values())
+        loss.backward()
+        close(loss, fixture.outputs[f"loss_{kind}"], fixture.atol)
+        close(z.grad.permute(0, 3, 1, 2), fixture.outputs[f"dloss_dz_{kind}"], fixture.atol)
+        close(model.quantize.embedding.weight.grad, fixture.outputs[f"dloss_demb_{kind}"], fixture.atol)
+
+    def test_attention_elsewhere_is_refused(self, fixture):
+        config = fixture.config | {"ddconfig": fixture.config["ddconfig"] | {"attn_resolutions": [8]}}
+        with pytest.raises(UserError, match="only attention at the lowest resolution, 4, is supported"):
+            load_official("taming-vqgan", fixture.state, config)
+
+
 @pytest.mark.parametrize("name", ["llamagen_vq", "llamagen_vq_nol2"])
 def test_training_losses_and_gradients_equal_the_official_ones(name):
     fixture = Fixture(name)
