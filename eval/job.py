@@ -41,6 +41,8 @@ from genvision.processes import process_state
 
 LOOKED_AT = {"is": "logits", "class_accuracy": "judged"}
 """Metric to the rows of the generated set that it needs image by image."""
+SMALL_SIDE = 32
+"""Images below this many pixels a side may be equal by chance; only many equal ones are worth a warning."""
 MAX_COMPARED_IMAGES = 50_000
 """Reference images with which a set is compared one by one unless told otherwise: they are held in memory."""
 ReferenceLike = str | np.ndarray | ImageSource | ReferenceFile
@@ -186,7 +188,8 @@ class Plan:
             sides.append((count, f"the reference {self.reference.name}"))
         dim = self.networks.extractor.feature_dim
         found = [count_warning(count, which, dim) for count, which in sides if compares]
-        found.append(duplicate_warning(measured.hashes, facts.numbers))
+        if facts.image_size >= SMALL_SIDE or 3 * count_duplicates(measured.hashes) > len(measured):  # tiny images coincide by chance
+            found.append(duplicate_warning(measured.hashes, facts.numbers))
         if "is" in self.metrics and self.protocol.score_estimator != "torch-fidelity":
             found.append(order_warning(facts.labels if len(facts.label_names) > 1 else None, measured.rows["logits"]))
         found.append(format_warning(facts.formats))

@@ -93,6 +93,8 @@ def test_a_set_against_itself_and_a_collapsed_set(digits_first):
     assert collapsed.precision == 1 and collapsed.recall < 0.05
     assert collapsed.num_duplicates == 99
     assert any("identical" in line for line in collapsed.warnings)
+    few = score_arrays(np.concatenate([images[:200], images[:3]]), None, None, options=only("is"))
+    assert few.num_duplicates == 3 and not any("identical" in line for line in few.warnings)
 
 
 def test_the_result_says_how_sure_it_is(digits_first):
