@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import t as student_t
 
-from genvision.eval.moments import Gaussian, Moments, fid_bias, frechet_distance, merged, without
+from genvision.eval.moments import Gaussian, Moments, frechet_distance, merged, without
 
 LEVEL = 0.95
 MIN_BLOCKS = 5
@@ -42,14 +42,11 @@ class FrechetConfidence:
     num_blocks: int = 0
 
 
-def frechet_confidence(
-    blocks: Sequence[Moments], reference: Gaussian, *, bias_per_image: float | None = None, extrapolate: bool = False
-) -> FrechetConfidence:
+def frechet_confidence(blocks: Sequence[Moments], reference: Gaussian, *, extrapolate: bool = False) -> FrechetConfidence:
     """The distance of a set to a reference, with its interval.
 
     Args:
         blocks: moments of disjoint random parts of the set; empty ones are left out.
-        bias_per_image: c of `fid_bias` for the reference, which the bias and the centring need; computed if not given.
         extrapolate: also draw the curve and extrapolate, which takes 17 more distances.
 
     Raises:
@@ -58,14 +55,13 @@ def frechet_confidence(
     blocks = [block for block in blocks if block.count > 0]
     total = merged(blocks) if blocks else Moments(len(reference.mu))
     distance = frechet_distance(total, reference)
-    constant = fid_bias(reference.sigma) if bias_per_image is None else bias_per_image
-    bias = constant / total.count
+    bias = reference.bias / total.count
     if len(blocks) < MIN_BLOCKS or total.count - max(block.count for block in blocks) < 2:
         return FrechetConfidence(distance=distance, bias=bias, num_blocks=len(blocks))
     left_out = np.array([frechet_distance(without(total, block), reference) for block in blocks])
     counts = np.array([block.count for block in blocks])
     # a smaller set reads higher by c / n: take that away, or the jackknife would call the difference noise where blocks differ in size
-    levelled = left_out - constant * (1 / (total.count - counts) - 1 / total.count)
+    levelled = left_out - reference.bias * (1 / (total.count - counts) - 1 / total.count)
     error = jackknife_error(distance, levelled, counts)
     interval = interval_around(distance, error, len(blocks))
     curve, infinity = extrapolate_distance(blocks, reference, distance) if extrapolate else ([], None)

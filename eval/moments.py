@@ -6,10 +6,9 @@ the eigenvalues of the product it loses nothing when a covariance is singular, a
 Shapes: N images, B images of a batch, D features, r rank of a covariance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +58,11 @@ class Gaussian:
         factor[pivots - 1] = np.triu(upper[:rank]).T
         return factor
 
+    @cached_property
+    def bias(self) -> float:
+        """`fid_bias` of the covariance; one reference meets many sets."""
+        return fid_bias(self.sigma)
+
 
 class Moments:
     """Count, mean and covariance of features that arrive in batches, all in float64.
@@ -100,19 +104,6 @@ class Moments:
     def gaussian(self) -> Gaussian:
         """Mean and covariance as they are now."""
         return Gaussian(self.mu.copy(), self.sigma, self.count)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain arrays, for an npz file or a gather over processes."""
-        return {"count": self.count, "mu": self.mu, "scatter": self.scatter}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Moments":
-        """The inverse of `to_dict`, exactly."""
-        moments = cls(len(content["mu"]))
-        moments.count = int(content["count"])
-        moments.mu = np.array(content["mu"], dtype=np.float64)
-        moments.scatter = np.array(content["scatter"], dtype=np.float64)
-        return moments
 
     def _add(self, count: int, mu: np.ndarray, scatter: np.ndarray) -> None:
         total = self.count + count

@@ -496,6 +496,7 @@ class TestReconstruct:
             (["--num", "0"], "at least 2 images"),
             (["--batch-size", "0"], "batch"),
             (["--device", "gpu"], "device"),
+            (["--html", tmp_path / "empty"], "empty: is a folder"),
         ):
             assert expected in refused_cleanly(*good, *options), options
             assert not out.exists(), options
@@ -523,6 +524,7 @@ class TestEvaluate:
             (["--extractor", "inception"], "--inception-weights"),
             (["--batch-size", "0"], "batch"),
             (["--device", "gpu"], "device"),
+            (["--html", tmp_path / "empty"], "empty: is a folder"),
         ):
             assert expected in refused(*good, "--json", json_file, *options), options
             assert not json_file.exists(), options

@@ -65,8 +65,11 @@ def evaluate_data(
     """Score, and write what was asked for.
 
     Raises:
-        UserError: see `genvision.eval.job.evaluate`.
+        UserError: an output is a folder; or see `genvision.eval.job.evaluate`.
     """
+    for file in (json, html):
+        if file is not None and file.is_dir():
+            raise UserError(f"{file}: is a folder; give the name of a file in it")
     source = open_source(generated)
     result = run(source, reference, options=options)
     if process_state().is_main_process:

@@ -24,7 +24,7 @@ def repeated(count: int, shift: float, repeats: int = 200) -> list[FrechetConfid
     for _ in range(repeats):
         features = rng.standard_normal((count, 12)) * SPECTRUM
         features[:, 0] += shift
-        found.append(frechet_confidence(blocks_of(features, rng), REFERENCE, bias_per_image=BIAS, extrapolate=True))
+        found.append(frechet_confidence(blocks_of(features, rng), REFERENCE, extrapolate=True))
     return found
 
 
