@@ -13,6 +13,7 @@ from genvision.eval.features import ExtractorOptions, load_extractor
 from genvision.eval.reconstruction import ReconstructionResult, reconstruct
 from genvision.eval.report import write_json
 from genvision.images import save_png
+from genvision.jobs.output import check_output
 from genvision.processes import process_state
 from genvision.tokenizers.base import content_hash, load_tokenizer
 from genvision.tokenizers.lpips import LPIPSOptions, load_lpips
@@ -47,8 +48,7 @@ def reconstruct_data(
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {num_workers}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already holds another job's results; choose another --out")
+    check_output(out)
     on_cpu = torch.device(options.device).type == "cpu"
     state = process_state(options.device)
     device = options.device if on_cpu or state.num_processes == 1 else str(state.device)
