@@ -496,7 +496,6 @@ class TestReconstruct:
             (["--num", "0"], "at least 2 images"),
             (["--batch-size", "0"], "batch"),
             (["--device", "gpu"], "device"),
-            (["--html", tmp_path / "empty"], "empty: is a folder"),
         ):
             assert expected in refused_cleanly(*good, *options), options
             assert not out.exists(), options
