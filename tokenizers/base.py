@@ -5,12 +5,13 @@ Shapes: images float32 [B, 3, H, W] in [-1, 1]; discrete codes int64 [B, h, w] o
 """
 
 import hashlib
+import inspect
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -18,7 +19,12 @@ from torch import Tensor
 
 from genvision.errors import UserError
 
-TOKENIZERS: dict[str, str] = {"VQTokenizer": "genvision.tokenizers.vq"}
+TOKENIZERS: dict[str, str] = {
+    "VQTokenizer": "genvision.tokenizers.vq",
+    "ViTok": "genvision.tokenizers.vit",
+    "KLTokenizer": "genvision.tokenizers.kl",
+    "TiTok": "genvision.tokenizers.titok",
+}
 """Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
 
 
@@ -29,19 +35,40 @@ class TokenizerSpec:
     image_size: int
     """Side of the square images it was trained on, in pixels."""
     downsample: int
-    """Pixels of a side per code of a side."""
+    """Pixels of a side per code of a side; of codes that are no grid, what must divide the side of an image."""
     codebook_size: int | None = None
     """Number of codes; None where codes are continuous."""
     channels: int | None = None
     """Channels of continuous codes; None where codes are discrete."""
+    num_tokens: int | None = None
+    """Length of codes that are no grid; None where they are one."""
 
     @property
     def discrete(self) -> bool:
         return self.codebook_size is not None
 
+    def code_shape(self, image_size: int | None = None) -> tuple[int, ...]:
+        """Shape of the codes of one image of this side (its own unless told): (h, w), (L,), (c, h, w) or (c, L)."""
+        side = (image_size or self.image_size) // self.downsample
+        places = (side, side) if self.num_tokens is None else (self.num_tokens,)
+        return places if self.discrete else (self.channels or 0, *places)
+
+
+class TokenizerOutput(NamedTuple):
+    """What training needs of one pass: `forward(images)` of every tokenizer."""
+
+    reconstruction: Tensor
+    """[B, 3, H, W], not clamped."""
+    codes: Tensor | None
+    """Discrete codes [B, *places] int64; None where codes are continuous."""
+    z: Tensor | None
+    """[B, *places, D], encoder outputs before quantisation; None where codes are continuous."""
+    losses: dict[str, Tensor]
+    """The tokenizer's own terms, weighted: the quantiser's, or `kl`."""
+
 
 class Tokenizer(ABC):
-    """Mixed into a ModelMixin: `encode`, `decode` and `spec` are the whole contract."""
+    """Mixed into a ModelMixin: `encode`, `decode` and `spec` are the whole contract; `forward` and `last_layer` are for training."""
 
     @property
     @abstractmethod
@@ -53,6 +80,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor: ...
 
+    @property
+    @abstractmethod
+    def last_layer(self) -> Tensor:
+        """Weight of the layer that makes pixels: where adversarial and reconstruction gradients are compared."""
+
     def check_image_size(self, size: int) -> None:
         """Raises UserError where images of this side cannot be encoded."""
         if size < self.spec.downsample or size % self.spec.downsample:
@@ -61,16 +93,78 @@ class Tokenizer(ABC):
                 f"pixels; choose a multiple of {self.spec.downsample}"
             )
 
+    def check_images(self, images: Tensor) -> None:
+        """Raises UserError where images have other channels than three, or a side that cannot be encoded."""
+        if images.dim() < 4 or images.shape[1] != 3:
+            raise UserError(f"images of shape {list(images.shape)}: [B, 3, H, W] is expected; convert them to RGB")
+        for size in images.shape[-2:]:
+            self.check_image_size(size)
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raises UserError where discrete codes lie outside the codebook, or continuous ones have other channels."""
+        spec = self.spec
+        if spec.codebook_size is None:
+            if codes.dim() < 3 or codes.shape[1] != spec.channels:
+                raise UserError(
+                    f"latents of shape {list(codes.shape)}: the tokenizer's have {spec.channels} channels, [B, {spec.channels}, ...]"
+                )
+        elif codes.dtype.is_floating_point:
+            raise UserError(f"codes are {codes.dtype}, whole numbers 0 .. {spec.codebook_size - 1} are expected")
+        elif codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < spec.codebook_size:
+            raise UserError(
+                f"codes lie in {int(codes.min())} .. {int(codes.max())}, but the tokenizer has codes 0 .. {spec.codebook_size - 1}; "
+                "they were made by another tokenizer"
+            )
+
+
+class ContinuousTokenizer(Tokenizer):
+    """A tokenizer whose latents are standardised by channel: `encode` gives (z - mean) / std, `decode` undoes it first.
+
+    A class registers `latent_mean` and `latent_std` in its config: one number, or one a channel. SD's scaling factor s is a std of 1 / s.
+    """
+
+    config: Any
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Latents as the network makes them, [B, c, ...] -> as generators see them."""
+        mean, std = self._statistics(z)
+        return (z - mean) / std
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Latents as generators see them, [B, c, ...] -> as the network makes them."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> list[Tensor]:
+        values = (torch.as_tensor(self.config[name], dtype=like.dtype, device=like.device) for name in ("latent_mean", "latent_std"))
+        return [value.reshape(-1, *[1] * (like.dim() - 2)) for value in values]  # [c or 1, 1, ...]
+
+
+def check_statistics(channels: int, **statistics: float | tuple[float, ...]) -> None:
+    """Raises UserError where `latent_mean` or `latent_std` is neither one number nor one a channel, or a std is not above 0."""
+    for name, value in statistics.items():
+        values = [value] if isinstance(value, int | float) else list(value)
+        if len(values) not in (1, channels):
+            raise UserError(f"{name} has {len(values)} values; one number is expected, or one for each of the {channels} channels")
+        if name == "latent_std" and min(values) <= 0:
+            raise UserError(f"{name} must be above 0, got {min(values)}")
+
 
 def content_hash(module: ModelMixin) -> str:
-    """sha256 over the class, its configuration and every tensor: equal hashes mean equal outputs."""
+    """sha256 over the class, what its configuration sets otherwise than the defaults, and every tensor: equal hashes mean equal outputs."""
     digest = hashlib.sha256(type(module).__name__.encode())
-    config = {key: value for key, value in sorted(dict(module.config).items()) if not key.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    defaults = {name: _json(parameter.default) for name, parameter in inspect.signature(type(module).__init__).parameters.items()}
+    config = {key: _json(value) for key, value in dict(module.config).items() if not key.startswith("_")}
+    # without defaults, so that an option which a later version adds leaves the hashes of what was saved before it as they were
+    digest.update(_json({key: value for key, value in config.items() if value != defaults.get(key)}).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -101,9 +195,17 @@ def load_component(folder: Path, registry: dict[str, str], kind: str) -> Any:
         raise UserError(f"{config_path}: class '{name}' is no {kind} of genvision; known are {', '.join(sorted(registry))}")
     cls = getattr(import_module(registry[name]), name)
     try:
-        return cls.from_pretrained(str(folder), local_files_only=True)
+        module = cls.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise many types; whatever it is, these files cannot be used
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: the {kind} cannot be loaded, its files are damaged or incomplete: {reason}") from error
+    if isinstance(module, torch.nn.Module):
+        broken = [name for name, tensor in module.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"{folder}: {len(broken)} tensors of the {kind} hold NaN or infinity, {broken[0]} first; "
+                "take an earlier checkpoint, or import it again"
+            )
+    return module

@@ -5,7 +5,6 @@ Module names follow LlamaGen's checkpoints.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +14,8 @@ from torch import Tensor, nn
 
 from genvision.errors import UserError
 from genvision.kernels.attention import attention
-from genvision.tokenizers.base import Tokenizer, TokenizerSpec
+from genvision.tokenizers.base import Tokenizer, TokenizerOutput, TokenizerSpec
 from genvision.tokenizers.quantizers import VectorQuantizer
-
-
-class VQOutput(NamedTuple):
-    """What training needs of one pass."""
-
-    reconstruction: Tensor
-    """[B, 3, H, W], not clamped."""
-    codes: Tensor
-    """[B, h, w] int64."""
-    z: Tensor
-    """[B, h, w, D], encoder outputs before quantisation."""
-    losses: dict[str, Tensor]
-    """The quantiser's terms, weighted."""
 
 
 class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
@@ -103,15 +89,16 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
 
     @property
     def last_layer(self) -> Tensor:
-        """Weight of the decoder's last convolution: where adversarial and reconstruction gradients are compared."""
         return self.decoder.conv_out.weight
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> codes [B, h, w] int64."""
+        self.check_images(images)
         return self.quantize.nearest(self.encode_continuous(images))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, h, w] -> images [B, 3, H, W], about [-1, 1] but not clamped."""
+        self.check_codes(codes)
         return self.decode_vectors(self.quantize.look_up(codes))
 
     def encode_continuous(self, images: Tensor) -> Tensor:
@@ -123,11 +110,11 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         vectors = vectors.to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
-    def forward(self, images: Tensor) -> VQOutput:
+    def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstruct [B, 3, H, W] with the quantiser's training losses."""
         z = self.encode_continuous(images)
         quantized = self.quantize(z)
-        return VQOutput(self.decode_vectors(quantized.quantized), quantized.codes, z, quantized.losses)
+        return TokenizerOutput(self.decode_vectors(quantized.quantized), quantized.codes, z, quantized.losses)
 
 
 class ResBlock(nn.Module):

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from genvision.errors import UserError
+from genvision.tokenizers.base import TokenizerOutput
 from genvision.tokenizers.quantizers import CodebookUsage, revive_dead_codes
-from genvision.tokenizers.vq import VQOutput, VQTokenizer
+from genvision.tokenizers.vq import VQTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,15 @@ class TokenizerStage:
         `reconstruction_blank` is what the best single colour for the whole batch would score: the mark to beat.
         """
         images = batch["images"]
-        output: VQOutput = model(images)
+        output: TokenizerOutput = model(images)
         distance = F.mse_loss if self.config.reconstruction == "l2" else F.l1_loss
         reconstruction = distance(output.reconstruction.float(), images)
         loss = self.config.reconstruction_weight * reconstruction + sum(output.losses.values())
         blank = distance(images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images), images)
-        self.counts_of_step += torch.bincount(output.codes.flatten().cpu(), minlength=len(self.counts_of_step))
-        self.latest_z = output.z.detach()
+        if output.codes is not None:
+            self.counts_of_step += torch.bincount(output.codes.flatten().cpu(), minlength=len(self.counts_of_step))
+        if output.z is not None:
+            self.latest_z = output.z.detach()
         return {"loss": loss, "reconstruction": reconstruction, "reconstruction_blank": blank, **output.losses}
 
     @torch.no_grad()
