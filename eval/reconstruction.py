@@ -34,8 +34,8 @@ from genvision.eval.pixels import PSNR_RANGE, psnr, ssims
 from genvision.images import Rounding, from_uint8, to_uint8
 from genvision.processes import process_state
 from genvision.progress import Progress
+from genvision.tokenizers.codebook import CodebookUsage
 from genvision.tokenizers.lpips import LPIPS
-from genvision.tokenizers.quantizers import CodebookUsage
 
 Interval = tuple[float, float]
 SCHEMA = "genvision.reconstruction/1"
