@@ -1,7 +1,7 @@
 """Official tokenizer weights to ours."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,17 +60,75 @@ def taming_vqgan(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         norm_groups=config.get("norm_num_groups", 32),
         dropout=network.get("dropout", 0.0),
     )
-    deepest = len(multipliers) - 1
-    renamed = {_llamagen_name(name, deepest): tensor for name, tensor in state_dict.items() if not name.startswith("loss.")}
-    return module, renamed
+    return module, _renamed(state_dict, len(multipliers) - 1, ("block_1", "attn_1", "block_2"))
 
 
-def _llamagen_name(name: str, deepest: int) -> str:
-    """Name of a tensor in LlamaGen's checkpoints: levels in the order in which they run, the middle as a list."""
-    if level := re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample)\.(.*)", name):
+def maskgit_vqgan(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """MaskGIT's tokenizer as PyTorch ports keep it (bytedance/1d-tokenizer, modeling/modules/maskgit_vqgan.py)."""
+    multipliers = tuple(config.get("channel_mult", (1, 1, 2, 2, 4)))
+    z_channels, num_blocks = config.get("z_channels", 256), config.get("num_res_blocks", 2)
+    module = _maskgit_style(
+        image_size=config.get("resolution", 256),
+        codebook_size=config.get("num_embeddings", 1024),
+        commitment_beta=config.get("commitment_cost", 0.25),
+        base_channels=config.get("hidden_channels", 128),
+        encoder_multipliers=multipliers,
+        num_res_blocks=num_blocks,
+        num_mid_blocks=num_blocks,
+        codebook_dim=z_channels,
+        norm_groups=config.get("num_groups", 32),
+        dropout=config.get("dropout", 0.0),
+    )
+    return module, _renamed(state_dict, len(multipliers) - 1)
+
+
+def mage_vqgan(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """MAGE's tokenizer (LTH14/mage, taming/models/vqgan.py): MaskGIT's networks in VQGAN's layout, `beta` on the codebook term."""
+    network = config["ddconfig"]
+    module = _maskgit_style(
+        image_size=network["resolution"],
+        codebook_size=config["n_embed"],
+        commitment_beta=1.0,
+        codebook_weight=config.get("beta", 0.25),
+        base_channels=network["ch"],
+        encoder_multipliers=tuple(network["ch_mult"]),
+        num_res_blocks=network["num_res_blocks"],
+        codebook_dim=network["z_channels"],
+        norm_groups=config.get("norm_num_groups", 32),
+        dropout=network.get("dropout", 0.0),
+    )
+    return module, _renamed(state_dict, len(network["ch_mult"]) - 1, ("block_1", "block_2"))
+
+
+def _maskgit_style(*, codebook_dim: int, **options: Any) -> VQTokenizer:
+    return VQTokenizer(
+        codebook_dim=codebook_dim,
+        z_channels=codebook_dim,
+        codebook_l2_norm=False,
+        style="maskgit",
+        use_quant_conv=False,
+        unit_range=True,
+        **options,
+    )
+
+
+def _renamed(state_dict: Mapping[str, Tensor], deepest: int, middle: Sequence[str] = ()) -> dict[str, Tensor]:
+    """All tensors under our names; networks of the loss are left behind."""
+    return {_llamagen_name(name, deepest, middle): tensor for name, tensor in state_dict.items() if not name.startswith("loss.")}
+
+
+def _llamagen_name(name: str, deepest: int, middle: Sequence[str] = ()) -> str:
+    """Name of a tensor in LlamaGen's checkpoints: levels in the order in which they run, the middle as a list.
+
+    Args:
+        deepest: number of the deepest level.
+        middle: names of the middle's parts in order, where they have names.
+    """
+    if level := re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|downsample|upsample|upsample_conv)\.(.*)", name):
         side, number = level[1].split(".")[0], int(level[2])
         place = number if side == "encoder" else deepest - number
-        return f"{side}.conv_blocks.{place}.{'res' if level[3] == 'block' else level[3]}.{level[4]}"
-    if middle := re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.*)", name):
-        return f"{middle[1]}.mid.{('block_1', 'attn_1', 'block_2').index(middle[2])}.{middle[3]}"
+        part = {"block": "res", "upsample_conv": "upsample.conv"}.get(level[3], level[3])
+        return f"{side}.conv_blocks.{place}.{part}.{level[4]}"
+    if (part_of_middle := re.fullmatch(r"(encoder|decoder)\.mid\.(\w+)\.(.*)", name)) and part_of_middle[2] in middle:
+        return f"{part_of_middle[1]}.mid.{middle.index(part_of_middle[2])}.{part_of_middle[3]}"
     return name
