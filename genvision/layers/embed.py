@@ -1,7 +1,10 @@
 """Embeddings of conditions. Dropping a condition is what makes classifier-free guidance possible (arXiv:2207.12598)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -42,3 +45,36 @@ class TextEmbedding(nn.Module):
         if drop is not None:
             features = torch.where(drop[:, None, None], self.null_features, features)
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+
+
+def sincos_table(positions: Tensor, dim: int, *, base: float = 10000.0) -> Tensor:
+    """Sine and cosine features of positions along one or more axes, in the order [sin, cos] of the first axis, of the second, ...
+
+    The n = dim / (2 A) frequencies of an axis are base^(-k / (n - 1)), as in MoCo v3 and big_vision; MAE divides by n.
+
+    Args:
+        positions: [N, A], a column for each axis.
+        dim: features; a multiple of 2 A, at least 4 A.
+
+    Returns:
+        float32 [N, dim].
+    """
+    count = dim // (2 * positions.shape[1])
+    frequencies = base ** (-torch.arange(count, dtype=torch.float64, device=positions.device) / (count - 1))
+    angles = positions.double().unsqueeze(-1) * frequencies  # [N, A, n]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
+
+
+def grid_positions(grid: tuple[int, int, int], axes: int, device: torch.device | None = None) -> Tensor:
+    """Positions of the cells of a grid t x h x w in raster order, int64 [t*h*w, axes]: the index, (x, y) or (t, x, y)."""
+    if axes == 1:
+        return torch.arange(math.prod(grid), device=device).unsqueeze(1)
+    t, y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
+    return torch.stack([t, x, y][3 - axes :], dim=-1).flatten(0, 2)
+
+
+def resize_position_table(table: Tensor, grid: tuple[int, int, int], new_grid: tuple[int, int, int]) -> Tensor:
+    """A table [1, t*h*w, D] for other h x w, by bicubic interpolation of every frame; t stays."""
+    t, h, w = grid
+    planes = rearrange(table, "1 (t h w) d -> t d h w", t=t, h=h, w=w)
+    return rearrange(F.interpolate(planes, new_grid[1:], mode="bicubic"), "t d h w -> 1 (t h w) d")

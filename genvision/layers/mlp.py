@@ -24,3 +24,16 @@ def swiglu_hidden_dim(dim: int, *, multiple_of: int = 256, multiplier: float | N
     if multiplier is not None:
         hidden = int(multiplier * hidden)
     return -(-hidden // multiple_of) * multiple_of
+
+
+class GEGLU(nn.Module):
+    """fc3(gelu(fc1 x) * fc2 x) with biases and the exact GELU (arXiv:2002.05202), as T5 1.1 and ViTok have it."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(dim, hidden_dim)
+        self.fc3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.gelu(self.fc1(x)) * self.fc2(x))

@@ -1,0 +1,73 @@
+"""Bidirectional pre-norm transformer with gated MLPs, as ViTok has it (arXiv:2501.09755, section 2.1).
+
+Shapes: B rows, N tokens, C width, H heads, D head size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from genvision.kernels.attention import attention
+from genvision.layers.mlp import GEGLU
+from genvision.layers.rotary import rotate_rows
+
+
+class SelfAttention(nn.Module):
+    """Every token sees every token; one projection without bias ordered [queries | keys | values], an output projection with bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        """x [B, N, C]; rotary as `rotate_rows` takes it."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, N, 3H, D]
+        q_and_k, v = heads.split([2 * self.num_heads, self.num_heads], dim=2)
+        if rotary is not None:
+            if rotary.dim() == 4:  # a head's query and key turn alike
+                rotary = rotary.repeat(2, 1, 1, 1)
+            q_and_k = rotate_rows(q_and_k, rotary)
+        q, k = q_and_k.chunk(2, dim=2)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, N, D]
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = GEGLU(dim, hidden_dim)
+
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotary)
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Blocks and a final LayerNorm."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin.enable_gradient_checkpointing
+
+    def __init__(self, dim: int, depth: int, num_heads: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.blocks = nn.ModuleList(TransformerBlock(dim, num_heads, hidden_dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """x [B, N, C]; rotary [N, D / 2, 2] for all blocks and heads alike, or [depth, H, N, D / 2, 2]."""
+        for i, block in enumerate(self.blocks):
+            table = rotary[i] if rotary is not None and rotary.dim() == 5 else rotary
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, table)
+            else:
+                x = block(x, table)
+        return self.norm(x)
