@@ -1,7 +1,8 @@
 """LPIPS: how different two images look to VGG16 (Zhang et al., arXiv:1801.03924; version 0.1, the linear layers learned on VGG16).
 
 Five feature maps of VGG16 are normalised along the channels; their squared differences are weighed channel by channel, averaged over
-positions and added up. The network is frozen, gradients reach the images, and there is no dropout in front of the linear layers.
+positions and added up. The network is frozen and gradients reach the images. The dropout in front of the linear layers, with which these
+were learned, is left out unless asked for: VQGAN and LlamaGen train with it by accident, and see a noisy distance.
 
 Weights come from two published files, torchvision's VGG16 and the linear layers, or from one that holds both. Names that are understood:
 `features.0.weight` (torchvision), `net.slice1.0.weight` (the official package, taming-transformers), `lin0.model.1.weight` (all of them).
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genvision.errors import UserError
@@ -52,6 +54,8 @@ class LPIPSOptions:
     download: bool = False
     """Fetch what is not there yet: 528 MB of VGG16 and 7 kB of linear layers."""
     device: str = "cpu"
+    dropout: float = 0.0
+    """As of `LPIPS`."""
 
 
 class LPIPS(nn.Module):
@@ -60,18 +64,23 @@ class LPIPS(nn.Module):
     Args:
         tensors: `features.{i}.weight`, `features.{i}.bias` and `linear.{k}`, as `read_weights` gives them.
         source: where they come from, for messages.
+        dropout: probability of dropping an element of the squared differences, in train mode alone (a new one is in eval mode);
+            VQGAN's and LlamaGen's tokenizers were trained at 0.5.
 
     Raises:
-        UserError: tensors are missing, unknown, misshapen or not finite.
+        UserError: tensors are missing, unknown, misshapen or not finite, or the dropout is no probability.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, tensors: Mapping[str, Tensor], source: str = "tensors") -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], source: str = "tensors", dropout: float = 0.0) -> None:
         from torchvision.models import vgg16  # 1 s
 
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout of LPIPS must be at least 0 and below 1, got {dropout}")
+        self.dropout = dropout
         with torch.device("meta"):  # neither memory for the 500 MB of the classifier nor random numbers
             self.features = vgg16(weights=None, init_weights=False).features[: max(TAPS) + 1]
             self.linear = nn.ParameterList(torch.empty(1, channels, 1, 1) for channels in TAPS.values())
@@ -94,10 +103,11 @@ class LPIPS(nn.Module):
             )
         a, b = self.scaled(a), self.scaled(b)
         distances, weights = [], iter(self.linear)
+        dropout = self.dropout if self.training else 0.0
         for number, layer in enumerate(self.features):
             a, b = layer(a), layer(b)
             if number in TAPS:
-                distances.append(layer_distance(a, b, next(weights)))
+                distances.append(layer_distance(a, b, next(weights), dropout))
         return torch.stack(distances).sum(dim=0)
 
     def scaled(self, images: Tensor) -> Tensor:
@@ -113,9 +123,11 @@ class LPIPS(nn.Module):
         return digest.hexdigest() == LINEAR_HASH
 
 
-def layer_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+def layer_distance(a: Tensor, b: Tensor, weight: Tensor, dropout: float = 0.0) -> Tensor:
     """What one feature map adds to the distance: [B, C, h, w] twice and weights [1, C, 1, 1] -> [B]."""
-    difference = (_unit(a.float()) - _unit(b.float())).square()  # [B, C, h, w]
+    difference = (unit(a.float()) - unit(b.float())).square()  # [B, C, h, w]
+    if dropout > 0:
+        difference = F.dropout(difference, dropout)
     return (difference * weight).sum(dim=1).mean(dim=(1, 2))
 
 
@@ -132,7 +144,7 @@ def load_lpips(options: LPIPSOptions | None = None) -> LPIPS:
         vgg = VGG.find(options.vgg_weights, options.download)
         tensors |= {name: tensor for name, tensor in read_weights(vgg, VGG).items() if name.startswith("features.")}
         source = f"{path} and {vgg}"
-    network = LPIPS(tensors, source).to(options.device)
+    network = LPIPS(tensors, source, options.dropout).to(options.device)
     # a fifth less time on CPUs
     return network.to(memory_format=torch.channels_last) if torch.device(options.device).type == "cpu" else network
 
@@ -160,6 +172,7 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Feature maps [B, C, h, w] of length 1 along the channels; a vector of zeros stays one, with a finite gradient."""
     # vector_norm has gradient 0 at a vector of zeros, where the square root of a sum of squares has none
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPSILON)

@@ -109,6 +109,36 @@ def test_gradients_reach_the_images_and_nothing_else_even_in_train_mode(lpips):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_dropout_is_drawn_in_train_mode_alone_and_leaves_the_mean_as_it_is(lpips, tensors):
+    noisy = LPIPS(tensors, dropout=0.5)
+    a, b = (images(seed, 16)[:1].expand(32, -1, -1, -1) for seed in (1, 2))
+    expected = lpips(a, b)
+    assert torch.equal(noisy(a, b), expected)
+    drawn = noisy.train()(a, b)
+    assert len(set(drawn.tolist())) == 32  # each pair draws its own
+    error = drawn.std() / 32**0.5
+    assert 0 < error < 0.05 * expected[0] and abs(drawn.mean() - expected[0]) < 4 * error
+    torch.manual_seed(3)
+    again = noisy(a, b)
+    torch.manual_seed(3)
+    assert torch.equal(noisy(a, b), again)
+
+
+def test_half_of_what_a_layer_adds_is_dropped_and_the_rest_doubled():
+    ones = torch.ones(500, 1, 1, 1)  # unit vectors of one channel: the squared distance of 1 and -1 is 4
+    found = layer_distance(ones, -ones, ones[:1], dropout=0.5)
+    assert set(found.tolist()) == {0.0, 8.0} and 200 < (found == 8).sum() < 300
+
+
+def test_dropout_comes_from_the_options_and_must_be_a_probability(tensors, tmp_path):
+    save_file(tensors, tmp_path / "whole.safetensors")
+    options = LPIPSOptions(lpips_weights=tmp_path / "whole.safetensors", dropout=0.5)
+    assert load_lpips(options).dropout == 0.5
+    for value in (-0.1, 1.0):
+        with pytest.raises(UserError, match="dropout of LPIPS must be at least 0 and below 1"):
+            LPIPS(tensors, dropout=value)
+
+
 def test_a_step_along_the_gradient_makes_images_more_alike(lpips):
     a, b = images(1).requires_grad_(), images(2)
     before = lpips(a, b)
