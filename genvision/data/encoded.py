@@ -1,128 +1,30 @@
-"""Encoded data sets: the codes of every image and its views, computed once and memory-mapped in training.
+"""Encoded data sets: the codes or latents of every image and its views, computed once and memory-mapped in training.
 
-A folder holds `codes-00000.npy` (unsigned [n, V, *code_shape], all V views of an image together), `labels-00000.npy`
-(int64 [n]) and so on, and `index.json`, which is written last: a folder without it is not finished. While a job runs,
-`job.json` says what it makes, and a `shard-00000.json` beside a shard says that the shard is whole.
+A folder holds `codes-00000.npy` ([n, V, *code_shape], all V views of an image together; `ranks-` or `bytes-` where the codes in use
+allow one byte each, see code_storage), `labels-00000.npy` (int64 [n]) and so on, and `index.json`, which is written last: a folder
+without it is not finished. While a job runs, `job.json` says what it makes, and a `shard-00000.json` beside a shard says that the
+shard is whole. `genvision.data.encoding` writes all this.
+
+Shapes: codes [*places], (h, w) or (L,), int64; latents [c, *places] float32; B samples, V views of an image.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genvision import __version__
-from genvision.data.datasets import BadImages, Batch, OrderedBatches
+from genvision.data.array_files import open_array
+from genvision.data.code_storage import ArrayShard, StoredAs, StreamShard, code_dtype
+from genvision.data.datasets import BadImages, Batch
 from genvision.data.order import uniform_choice
-from genvision.data.sources import ImageSource, OnBadImage
-from genvision.data.transforms import ViewConfig
 from genvision.errors import UserError
-from genvision.images import from_uint8
-from genvision.progress import Progress
 
 FORMAT_VERSION = 1
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    @property
-    def spec(self) -> Any: ...
-
-    @property
-    def device(self) -> Any: ...
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-
-def encode_dataset(
-    tokenizer: Encoder,
-    source: ImageSource,
-    out_dir: str | Path,
-    *,
-    image_size: int,
-    tokenizer_hash: str,
-    crops: Literal["center", "ten"] = "center",
-    flip: bool = True,
-    enlarge: float = 1.1,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    on_bad_image: OnBadImage = "stop",
-    shard_size: int = 8192,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Encode every image of `source` into `out_dir`; run again after an interruption, it goes on after the finished shards.
-
-    Args:
-        crops, flip, enlarge: the views, see ViewConfig; centre crop and flip make 2, ten crops 10.
-        batch_size: views that the tokenizer is given at once (at least those of one image).
-        shard_size: images in a shard; what an interruption can cost. Every open shard takes a file handle in training.
-        rank, world_size, barrier: each process takes every `world_size`-th shard; `barrier` waits for all of them.
-
-    Returns:
-        The index, on every process.
-
-    Raises:
-        UserError: the folder holds something else, the tokenizer is continuous, or an image cannot be read.
-    """
-    if tokenizer.spec.codebook_size is None:
-        raise UserError(
-            "the tokenizer makes continuous latents; an encoded data set holds discrete codes, give a tokenizer with a codebook"
-        )
-    views = ViewConfig(crops=crops, flip=flip, enlarge=enlarge)
-    folder = Path(out_dir)
-    job = {
-        "format_version": FORMAT_VERSION,
-        "kind": "codes",
-        "tokenizer_hash": tokenizer_hash,
-        "codebook_size": tokenizer.spec.codebook_size,
-        "image_size": image_size,
-        "crops": crops,
-        "flip": flip,
-        "enlarge": enlarge if crops == "ten" else None,
-        "views": views.num_views,
-        "num_source_images": len(source),
-        "source_fingerprint": source.fingerprint(),
-        "shard_size": shard_size,
-    }
-    _check_folder(folder, job)
-    if (folder / "index.json").is_file():
-        return EncodedDataset(folder).index
-    if rank == 0:
-        _begin(folder, job)
-    barrier()
-    num_shards = -(-len(source) // shard_size)
-    mine = range(rank, num_shards, world_size)
-    todo = [shard for shard in mine if not _is_finished(folder, shard, on_bad_image)]
-    done = sum(_shard_length(shard, job) for shard in mine if shard not in todo)
-    progress = Progress(done + sum(_shard_length(shard, job) for shard in todo), "encode", start=done, show=rank == 0)
-    per_batch = max(1, batch_size // views.num_views)
-    chunks = {shard: _chunks(shard * shard_size, _shard_length(shard, job), per_batch) for shard in todo}
-    stream = OrderedBatches(
-        source, image_size, [c for parts in chunks.values() for c in parts], views=views, num_workers=num_workers, on_bad_image=on_bad_image
-    )
-    encoded = _encode_batches(tokenizer, stream, progress)
-    try:
-        for shard, parts in chunks.items():
-            before = set(stream.bad_images)
-            pairs = [next(encoded) for _ in parts]
-            bad = {index: why for index, why in stream.bad_images.items() if index not in before}
-            _write_shard(folder, shard, pairs, tokenizer.spec.codebook_size, bad)
-    finally:
-        encoded.close()
-        progress.close()
-    barrier()
-    if rank == 0:
-        _write_index(folder, job, num_shards, source)
-    barrier()
-    return EncodedDataset(folder).index
+KINDS = ("codes", "latents")
 
 
 class EncodedDataset:
@@ -145,11 +47,14 @@ class EncodedDataset:
                 f"{self.path}: its codes were made by tokenizer {made_by[:12]}, not by the given one ({expected_tokenizer_hash[:12]}); "
                 "give that tokenizer, or run genvision encode again with this one into another folder"
             )
+        self.kind: str = self.index["kind"]
         self.code_shape: tuple[int, ...] = tuple(self.index["code_shape"])
-        self.codebook_size: int = self.index["codebook_size"]
+        self.codebook_size: int | None = self.index["codebook_size"]
         self.num_views: int = self.index["views"]
         self.label_names: list[str] = self.index["label_names"]
         self.bad_images: BadImages = {}
+        in_use = self.index.get("codes_in_use")
+        self._in_use = None if in_use is None else np.array(in_use, dtype=np.int64)
         self._open()
         self.labels: np.ndarray = np.concatenate([self._read_labels(shard) for shard in self.index["shards"]])
         if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
@@ -168,38 +73,56 @@ class EncodedDataset:
         return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
 
     def views(self, index: int) -> Tensor:
-        """All views of one image, int64 [V, *code_shape]."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return torch.from_numpy(self._shards[shard][index - self._starts[shard]].astype(np.int64))
+        """All views of one image, int64 or float32 [V, *code_shape]."""
+        return self.codes(np.full(self.num_views, index), np.arange(self.num_views))
+
+    def codes(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
+        """Of each image one view, by its number: codes int64 or latents float32, [B, *code_shape].
+
+        Raises:
+            UserError: a shard holds what is no code of the tokenizer.
+        """
+        indices, views = np.asarray(indices), np.asarray(views)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        codes = np.empty((len(indices), *self.code_shape), dtype=np.int64 if self.kind == "codes" else np.float32)
+        for shard in np.unique(shards):
+            rows = shards == shard
+            stored = self._shards[shard].take(indices[rows] - self._starts[shard], views[rows])
+            codes[rows] = self._decoded(stored, self._shards[shard].path) if self.kind == "codes" else stored
+        return torch.from_numpy(codes)
 
     def get(self, position: int, index: int) -> Batch:
-        """One sample: `codes` int64 [*code_shape], `labels` and `positions` int64 []."""
+        """One sample: `codes` [*code_shape], `labels` and `positions` int64 []."""
         return {key: value[0] for key, value in self.get_batch(np.array([position]), np.array([index])).items()}
 
     def get_batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
-        """`codes` int64 [B, *code_shape] of one view each, `labels` and `positions` int64 [B]."""
+        """`codes` int64 (float32 of latents) [B, *code_shape] of one view each, `labels` and `positions` int64 [B]."""
         indices = np.asarray(indices)
-        view = uniform_choice(self.seed, positions, self.num_views)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        codes = np.empty((len(indices), *self.code_shape), dtype=np.int64)
-        for shard in np.unique(shards):
-            rows = shards == shard
-            codes[rows] = self._shards[shard][indices[rows] - self._starts[shard], view[rows]]
+        codes = self.codes(indices, uniform_choice(self.seed, positions, self.num_views))
         labels = torch.from_numpy(self.labels[indices])
-        return {"codes": torch.from_numpy(codes), "labels": labels, "positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
+        return {"codes": codes, "labels": labels, "positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
+
+    def num_bytes(self) -> int:
+        """What the codes take on disk, without the labels."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    def _decoded(self, stored: np.ndarray, path: Path) -> np.ndarray:
+        """Codes of what is stored of them, after a check."""
+        limit = self.codebook_size if self._in_use is None else len(self._in_use)
+        if stored.size and not 0 <= stored.min() <= stored.max() < limit:
+            wrong = stored.max() if stored.min() >= 0 else stored.min()
+            what = f"its codebook has codes 0 .. {limit - 1}" if self._in_use is None else f"{limit} codes are in use"  # type: ignore[operator]
+            raise UserError(f"{path}: holds {wrong}, but {what}; restore it, or delete the folder and encode again")
+        return stored if self._in_use is None else self._in_use[stored]
 
     def _open(self) -> None:
         counts = np.array([shard["count"] for shard in self.index["shards"]], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
-        dtype = _code_dtype(self.codebook_size)
-        self._shards = [
-            _open_array(self.path / shard["codes"], (shard["count"], self.num_views, *self.code_shape), dtype)
-            for shard in self.index["shards"]
-        ]
+        self._shards = [open_shard(self.path, shard, self.index) for shard in self.index["shards"]]
 
     def _read_labels(self, shard: dict[str, Any]) -> np.ndarray:
-        return np.array(_open_array(self.path / shard["labels"], (shard["count"],), np.dtype(np.int64)))
+        return np.array(open_array(self.path / shard["labels"], (shard["count"],), np.dtype(np.int64)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_shards"}
@@ -209,102 +132,22 @@ class EncodedDataset:
         self._open()
 
 
-def _check_folder(folder: Path, job: dict[str, Any]) -> None:
-    """Refuse a folder that holds anything but this job."""
-    started = folder / "job.json"
-    if started.is_file():
-        try:
-            old = json.loads(started.read_text())
-        except ValueError as error:
-            raise UserError(f"{started}: cannot be read; delete {folder} and encode again") from error
-        for key, value in job.items():
-            if old.get(key) != value:
-                raise UserError(
-                    f"{folder}: was begun with {key} {_short(old.get(key))}, now it is {_short(value)}; "
-                    "choose another folder, or delete this one to encode again"
-                )
-    elif folder.exists() and (not folder.is_dir() or any(_is_foreign(path.name) for path in folder.iterdir())):
-        raise UserError(f"{folder}: is not empty and holds no encoded data; choose another folder")
+def open_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any]) -> ArrayShard | StreamShard:
+    """One shard as its entry in the index says."""
+    shape = (shard["count"], index["views"], *index["code_shape"])
+    path = folder / shard["codes"]
+    if index["kind"] == "latents":
+        return ArrayShard(path, shape, np.dtype(index["dtype"]))
+    stored_as = stored_form(index)
+    if stored_as == "bytes":
+        return StreamShard(path, folder / shard["starts"], shape)
+    return ArrayShard(path, shape, np.dtype(np.uint8) if stored_as == "ranks" else code_dtype(index["codebook_size"]))
 
 
-def _is_foreign(name: str) -> bool:
-    # another process of the same job may be writing job.json just now
-    return name != "job.json" and not name.startswith(".")
-
-
-def _begin(folder: Path, job: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.part"):
-        leftover.unlink()
-    if not (folder / "job.json").is_file():
-        _write(folder / "job.json", lambda file: file.write(_json(job)))
-
-
-def _is_finished(folder: Path, shard: int, on_bad_image: OnBadImage) -> bool:
-    note = folder / f"shard-{shard:05d}.json"
-    # a shard that lacks images is made again when none may be skipped any more
-    return note.is_file() and (on_bad_image == "skip" or not json.loads(note.read_text())["bad_images"])
-
-
-def _shard_length(shard: int, job: dict[str, Any]) -> int:
-    return int(min(job["shard_size"], job["num_source_images"] - shard * job["shard_size"]))
-
-
-def _chunks(first: int, length: int, size: int) -> list[np.ndarray]:
-    return [np.arange(start, min(start + size, first + length)) for start in range(first, first + length, size)]
-
-
-def _encode_batches(tokenizer: Encoder, stream: OrderedBatches, progress: Progress) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """(codes [B, V, *code_shape], labels [B]) of every chunk of the stream."""
-    for chunk, batch in zip(stream.chunks, stream, strict=True):
-        images = batch["images"]  # [B, V, H, W, 3]
-        num, views = images.shape[:2]
-        codes = np.empty((0, views), dtype=np.int64)
-        if num:
-            with torch.inference_mode():
-                flat = tokenizer.encode(from_uint8(images.reshape(num * views, *images.shape[2:])).to(tokenizer.device))
-            codes = flat.cpu().numpy().reshape(num, views, *flat.shape[1:])
-        progress.advance(len(chunk))
-        yield codes, batch["labels"]
-
-
-def _write_shard(folder: Path, shard: int, pairs: list[tuple[np.ndarray, np.ndarray]], codebook_size: int, bad: BadImages) -> None:
-    filled = [codes for codes, _ in pairs if len(codes)]
-    codes = np.concatenate(filled) if filled else np.empty((0, 0), dtype=np.int64)
-    labels = np.concatenate([labels for _, labels in pairs]).astype(np.int64)
-    assert not codes.size or (codes.min() >= 0 and codes.max() < codebook_size), "the tokenizer made a code outside its codebook"
-    names = {"codes": f"codes-{shard:05d}.npy", "labels": f"labels-{shard:05d}.npy"}
-    _write(folder / names["codes"], lambda file: np.save(file, codes.astype(_code_dtype(codebook_size))))
-    _write(folder / names["labels"], lambda file: np.save(file, labels))
-    note = {
-        **names,
-        "count": len(codes),
-        "code_shape": list(codes.shape[2:]),
-        "bad_images": {str(index): why for index, why in bad.items()},
-    }
-    _write(folder / f"shard-{shard:05d}.json", lambda file: file.write(_json(note)))
-
-
-def _write_index(folder: Path, job: dict[str, Any], num_shards: int, source: ImageSource) -> None:
-    notes = [json.loads((folder / f"shard-{shard:05d}.json").read_text()) for shard in range(num_shards)]
-    filled = [note for note in notes if note["count"]]
-    if not filled:
-        raise UserError(f"{source.spec}: not one of its {len(source)} images can be read; check the files")
-    code_shape = filled[0]["code_shape"]
-    assert all(note["code_shape"] == code_shape for note in filled), "the tokenizer made codes of several shapes"
-    index = {
-        **job,
-        "code_shape": code_shape,
-        "num_images": sum(note["count"] for note in filled),
-        "label_names": source.label_names,
-        "source": source.spec,
-        "genvision": __version__,
-        "shards": [{key: note[key] for key in ("codes", "labels", "count")} for note in filled],
-        "bad_images": {index: why for note in notes for index, why in note["bad_images"].items()},
-    }
-    _write(folder / "index.json", lambda file: file.write(_json(index)))
-    for shard in range(num_shards):
-        (folder / f"shard-{shard:05d}.json").unlink()
+def stored_form(index: dict[str, Any]) -> StoredAs:
+    """How the codes are stored; sets that do not say so are older than the choice."""
+    form: StoredAs = index.get("stored_as", "numbers")
+    return form
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -317,54 +160,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no encoded data here (index.json is missing); make it with genvision encode --out {folder}")
     try:
         index: dict[str, Any] = json.loads(file.read_text())
-        version, kind = index["format_version"], index["kind"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, kind, form = index["format_version"], index["kind"], stored_form(index)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: is not the index of encoded data ({error}); encode again into another folder") from error
-    if (version, kind) != (FORMAT_VERSION, "codes"):
-        raise UserError(f"{file}: holds {kind} in format {version}, this genvision reads codes in format {FORMAT_VERSION}; encode again")
-    return index
-
-
-def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path}: is missing, but index.json lists it; restore it, or delete the folder and encode again")
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    if version != FORMAT_VERSION or kind not in KINDS or form not in get_args(StoredAs):
         raise UserError(
-            f"{path}: is damaged ({' '.join(str(error).split())}); restore it, or delete the folder and encode again"
-        ) from error
-    if array.shape != shape or array.dtype != dtype:
-        raise UserError(
-            f"{path}: is {array.dtype} {list(array.shape)}, index.json says {dtype} {list(shape)}; delete the folder and encode again"
+            f"{file}: holds {kind} in format {version} ({form}), this genvision reads codes and latents in format {FORMAT_VERSION}; "
+            "encode again"
         )
-    return array
-
-
-def _code_dtype(codebook_size: int) -> np.dtype[Any]:
-    """The smallest kind of number that holds every code."""
-    return np.dtype(np.uint8 if codebook_size <= 1 << 8 else np.uint16 if codebook_size <= 1 << 16 else np.int32)
-
-
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file that is whole or not there: another name, sync, rename, sync the folder."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _short(value: Any) -> Any:
-    """Hashes are told apart by their beginning."""
-    return value[:12] if isinstance(value, str) else value
+    return index

@@ -102,6 +102,10 @@ class ImageSource(ABC):
     def stored_formats(self) -> dict[str, int]:
         """How the images are stored, by their first bytes: format to count, over at most FORMAT_SAMPLE images."""
 
+    def encoded_bytes(self) -> int | None:
+        """What all images take as they are stored (JPEG, PNG, ...), in bytes; None where they are no image files. Reads no image."""
+        return None
+
 
 def open_source(spec: str) -> ImageSource:
     """Open the images that `spec` names (the forms are at the head of this file).
@@ -211,13 +215,20 @@ class FolderSource(ImageSource):
         return str(self.root / os.fsdecode(self._names[index]))
 
     def fingerprint(self) -> str:
+        return _digest("folder", self._names, np.array(self._sizes()), self.labels)
+
+    def encoded_bytes(self) -> int:
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Bytes of every file."""
         sizes = []
         for index in range(len(self)):
             try:
                 sizes.append(Path(self.name(index)).stat().st_size)
             except FileNotFoundError as error:
                 raise UserError(f"{self.name(index)}: the image is gone; run again to read the folder anew") from error
-        return _digest("folder", self._names, np.array(sizes), self.labels)
+        return sizes
 
     def content_hash(self, show_progress: bool = False) -> str:
         names = [self.name(index) for index in range(len(self))]
@@ -333,6 +344,16 @@ class ParquetSource(ImageSource):
 
     def stored_formats(self) -> dict[str, int]:
         return _count_formats(self._open_bytes(int(index)) for index in _spread(len(self)))
+
+    def encoded_bytes(self) -> int | None:
+        import pyarrow
+        import pyarrow.compute  # type: ignore[import-untyped]
+
+        column = self._data.data.column(self.image_column)
+        if pyarrow.types.is_struct(column.type):
+            column = pyarrow.compute.struct_field(column, "bytes")
+        # a row may hold a path instead of an image
+        return None if column.null_count else int(pyarrow.compute.sum(pyarrow.compute.binary_length(column)).as_py())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_column": None}

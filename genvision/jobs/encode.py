@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from genvision.data.code_storage import MAX_STREAM_CODES
 from genvision.data.datasets import bad_images_summary
-from genvision.data.encoded import encode_dataset
+from genvision.data.encoding import LatentDtype, Storage, encode_dataset
 from genvision.data.sources import OnBadImage, open_source
 from genvision.errors import UserError
 from genvision.processes import process_state
@@ -21,11 +22,13 @@ def encode_data(
     crops: Literal["center", "ten"] = "center",
     flip: bool = False,
     enlarge: float = 1.1,
+    dtype: LatentDtype = "float32",
+    storage: Storage = "auto",
     batch_size: int = 32,
     num_workers: int = 0,
     on_bad_image: OnBadImage = "stop",
 ) -> dict[str, Any]:
-    """Returns the index of the encoded data set.
+    """Returns the index of the encoded data set; `format_encoded` says it in words.
 
     Raises:
         UserError: see `encode_dataset`; or the tokenizer cannot take images of this size.
@@ -45,6 +48,8 @@ def encode_data(
         crops=crops,
         flip=flip or crops == "ten",  # ten crops have their mirror images among them
         enlarge=enlarge,
+        dtype=dtype,
+        storage=storage,
         batch_size=batch_size,
         num_workers=num_workers,
         on_bad_image=on_bad_image,
@@ -52,6 +57,34 @@ def encode_data(
         world_size=state.num_processes,
         barrier=state.wait_for_everyone,
     )
-    if index["bad_images"] and state.is_main_process:
-        print(bad_images_summary({int(i): why for i, why in index["bad_images"].items()}), file=sys.stderr)
+    if state.is_main_process:
+        _warn(index)
     return index
+
+
+def format_encoded(index: dict[str, Any]) -> str:
+    """What was stored and what it takes, for people: one line, two for discrete codes."""
+    views = f"{index['views']} view{'s' if index['views'] > 1 else ''}"
+    text = f"{index['num_images']} images in {views}, {index['kind']} of shape {index['code_shape']}"
+    if "bytes_per_image" in index:  # not of sets that earlier versions made
+        text += f": {_amount(index['bytes_per_image'])} bytes an image in {views}"
+        if index["source_bytes_per_image"] is not None:
+            formats = index["source_formats"]
+            originals = f"the {next(iter(formats))}s" if len(formats) == 1 and "other" not in formats else "the originals"
+            text += f", {originals} take {_amount(index['source_bytes_per_image'])}"
+    if "num_codes_in_use" in index:
+        how = {"numbers": "as plain numbers", "ranks": "one byte each", "bytes": "one byte each, two beyond the first 255"}
+        text += f"\n{index['num_codes_in_use']:,} of {index['codebook_size']:,} codes in use, stored {how[index['stored_as']]}"
+    return text
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _warn(index: dict[str, Any]) -> None:
+    if index["bad_images"]:
+        print(bad_images_summary({int(i): why for i, why in index["bad_images"].items()}), file=sys.stderr)
+    in_use = index.get("num_codes_in_use", 0)
+    if index.get("storage") == "bytes" and in_use > MAX_STREAM_CODES:
+        print(f"storage bytes holds {MAX_STREAM_CODES} codes, but {in_use:,} are in use; they are stored as plain numbers", file=sys.stderr)

@@ -1,0 +1,107 @@
+"""Files that are whole or not there, arrays that grow by rows on disk, and arrays that are opened memory-mapped.
+
+A file is written under another name, synced, renamed, and its folder is synced: nothing half-written ever has the name.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genvision.errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file by `write(file)`; an old one of that name stays until the new one is whole."""
+    part = _part_of(path)
+    with part.open("wb") as file:
+        write(file)
+        _sync(file)
+    _give_name(part, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file as a whole."""
+    write_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+class GrowingArray:
+    """An .npy file that is written row by row, in the memory of one `append`; equal to what `np.save` writes of all rows.
+
+    It has its name after `finish`; `discard` leaves nothing.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> None:
+        self.path, self.dtype, self.row_shape = path, dtype, row_shape
+        self.count = 0
+        self.file = _part_of(path).open("wb")
+        self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        """`rows` [n, *row_shape] of any number type that fits."""
+        assert rows.shape[1:] == self.row_shape, f"{self.path}: rows of shape {rows.shape[1:]} after rows of shape {self.row_shape}"
+        self.file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
+        self.count += len(rows)
+
+    def finish(self) -> None:
+        self.file.seek(0)
+        self._write_header()
+        _sync(self.file)
+        self.file.close()
+        _give_name(_part_of(self.path), self.path)
+
+    def discard(self) -> None:
+        self.file.close()
+        _part_of(self.path).unlink()
+
+    def _write_header(self) -> None:
+        # numpy leaves room for the largest number of rows, so that the header can be written again when the number is known
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count, *self.row_shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def open_array(path: Path, shape: tuple[int | None, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """A memory-mapped array of an encoded data set.
+
+    Args:
+        shape: what its index says; None where any length will do.
+
+    Raises:
+        UserError: it is missing, damaged, or not of this shape and type.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: is missing, but index.json lists it; restore it, or delete the folder and encode again")
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path}: is damaged ({' '.join(str(error).split())}); restore it, or delete the folder and encode again"
+        ) from error
+    fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype != dtype:
+        wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        raise UserError(
+            f"{path}: is {array.dtype} {list(array.shape)}, index.json says {dtype} {wanted}; delete the folder and encode again"
+        )
+    return array
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _give_name(part: Path, path: Path) -> None:
+    part.replace(path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
