@@ -26,8 +26,25 @@ if TYPE_CHECKING:
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-MODELS = {"llamagen": ("generator", "genvision.models.llamagen", "LlamaGen"), "vq": ("tokenizer", "genvision.tokenizers.vq", "VQTokenizer")}
+MODELS = {
+    "llamagen": ("generator", "genvision.models.llamagen", "LlamaGen"),
+    "vq": ("tokenizer", "genvision.tokenizers.vq", "VQTokenizer"),
+    "vitok": ("tokenizer", "genvision.tokenizers.vit", "ViTok"),
+    "kl": ("tokenizer", "genvision.tokenizers.kl", "KLTokenizer"),
+    "titok": ("tokenizer", "genvision.tokenizers.titok", "TiTok"),
+}
 """`model.name` in a training configuration: stage, module, class."""
+
+
+OPEN_KEYS = ("model.quantizer_options",)
+"""Keys that hold a dictionary whose keys depend on another option."""
+
+
+def model_class(name: str) -> Any:
+    """The class behind `model.name`."""
+    _, module, class_name = MODELS[name]
+    return getattr(import_module(module), class_name)
+
 
 Command = Callable[..., None]
 
@@ -117,6 +134,8 @@ def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
     for key in [*in_file, *on_line]:
         if key in sections and (key in on_line or in_file[key] != {}):
             raise UserError(f"{'' if key in on_line else f'{file}: '}{key} is a section, so keys are expected below it, not a value")
+        if any(key.startswith(f"{option}.") for option in OPEN_KEYS):
+            continue  # its class checks them
         if key not in known and key not in ("config", "resume", "help", "h", "print_config"):
             raise UserError(f"{f'{file}: ' if key in in_file else ''}unknown key '{key}'{_nearest(key, known)}")
     try:
@@ -151,7 +170,7 @@ def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     helps = attribute_docstrings(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
-        if field.name in ("stage", "output_dir", "seed", "tokenizer"):
+        if field.name in ("stage", "output_dir", "seed", "tokenizer", "init_from"):
             required = field.default is dataclasses.MISSING
             options = {"required": True} if required else {"default": field.default}
             kind = {"stage": Literal[stage]}.get(field.name, get_type_hints(TrainConfig)[field.name])
@@ -164,7 +183,7 @@ def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
     parser.add_class_arguments(OptimConfig, "optim")
     parser.add_class_arguments(LoopConfig, "train")
     if stage == "tokenizer":
-        from genvision.training.tokenizer_stage import TokenizerLossConfig
+        from genvision.training.tokenizer_loss import TokenizerLossConfig
 
         parser.add_class_arguments(TokenizerLossConfig, "loss")
     else:
@@ -179,7 +198,7 @@ def _train_config(values: dict[str, Any]) -> "TrainConfig":
     from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
 
     return TrainConfig(
-        **{name: values[name] for name in ("stage", "output_dir", "seed", "tokenizer", "model")},
+        **{name: values[name] for name in ("stage", "output_dir", "seed", "tokenizer", "init_from", "model")},
         data=DataConfig(**values["data"]),
         optim=OptimConfig(**values["optim"]),
         train=LoopConfig(**values["train"]),
@@ -250,7 +269,7 @@ def flat_values(config: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if not (key in ("loss", "sampler", "tokenizer") and not item)}
+        return {key: _plain(item) for key, item in value.items() if not (key in ("loss", "sampler", "tokenizer", "init_from") and not item)}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 

@@ -11,9 +11,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from torch import nn
 
 from genvision import __version__
-from genvision.config import save_config
+from genvision.config import model_class, save_config
+from genvision.convert.readers import fill
 from genvision.data.datasets import BatchStream, ImageDataset, bad_images_summary, batches
 from genvision.data.encoded import EncodedDataset
 from genvision.data.sources import open_source
@@ -25,12 +27,16 @@ from genvision.pipeline import ImagePipeline, save_parts
 from genvision.processes import process_state
 from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.tokenizers.base import content_hash, load_tokenizer
-from genvision.tokenizers.vq import VQTokenizer
+from genvision.tokenizers.lpips import LPIPSOptions, load_lpips
+from genvision.tokenizers.perceptual import TimmPerceptual
 from genvision.training import rng
+from genvision.training.adversary import Discrimination
 from genvision.training.config import TrainConfig
 from genvision.training.generator_stage import GeneratorStage
 from genvision.training.loop import train
-from genvision.training.tokenizer_stage import TokenizerLossConfig, TokenizerStage
+from genvision.training.optim import freeze_all_but
+from genvision.training.tokenizer_loss import TokenizerLossConfig
+from genvision.training.tokenizer_stage import TokenizerStage
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
 FREE_TO_CHANGE = {
@@ -154,15 +160,28 @@ class _TokenizerJob:
         if data.image_size is None:
             raise UserError("data.image_size is missing; a tokenizer needs the side of its training images")
         options = {name: value for name, value in config.model.items() if name != "name"}
+        loss = TokenizerLossConfig(**config.loss)
         with rng.seeded(config.seed):
-            self.model = VQTokenizer(image_size=data.image_size, **options)
+            self.model = model_class(config.model["name"])(image_size=data.image_size, **options)
+            adversary = None
+            if loss.adversarial.discriminator != "none":
+                adversary = Discrimination(loss.adversarial, config.optim, data.image_size)
         self.model.check_image_size(data.image_size)
+        if config.init_from is not None:
+            fill(self.model, load_tokenizer(config.init_from).state_dict(), f"init_from {config.init_from}")
+        freeze_all_but(self.model, config.optim.train_only)
+        if loss.adversarial.adaptive and not self.model.last_layer.requires_grad:
+            raise UserError(
+                "loss.adversarial.adaptive compares gradients at the last layer, which optim.train_only leaves out; add decoder to it"
+            )
         self.dataset = _image_dataset(config, data.image_size)
         self.num_workers = data.num_workers
         loop = config.train
         self.stage = TokenizerStage(
             self.model,
-            TokenizerLossConfig(**config.loss),
+            loss,
+            perceptual=load_perceptual(loss),
+            adversary=adversary,
             seed=config.seed,
             num_steps=loop.num_steps,
             steps_per_pass=-(-len(self.dataset) // loop.batch_size),
@@ -177,6 +196,23 @@ class _TokenizerJob:
 
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
         save_parts(folder, {"tokenizer": self.model})
+
+
+def load_perceptual(loss: TokenizerLossConfig) -> nn.Module | None:
+    """The frozen network of the loss, distances [B] of image pairs; None where the loss has none.
+
+    Raises:
+        UserError: its weights are missing or damaged.
+    """
+    weights = Path(loss.perceptual_weights) if loss.perceptual_weights is not None else None
+    if loss.perceptual == "lpips":
+        vgg = Path(loss.vgg_weights) if loss.vgg_weights is not None else None
+        options = LPIPSOptions(lpips_weights=weights, vgg_weights=vgg, download=loss.perceptual_download, dropout=loss.lpips_dropout)
+        return load_lpips(options)
+    if loss.perceptual == "timm":
+        size = loss.perceptual_image_size
+        return TimmPerceptual(loss.perceptual_model, weights=weights, pretrained=loss.perceptual_download, image_size=size)
+    return None
 
 
 class _GeneratorJob:

@@ -50,6 +50,8 @@ class OptimConfig:
     """Part of `lr` that cosine decay ends at."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; null leaves them."""
+    train_only: tuple[str, ...] = ()
+    """Parts of the model that are trained, by the beginnings of their names (decoder, decoder.conv_out); empty: all of it."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "warmup_steps", "final_lr_ratio"):
@@ -125,6 +127,8 @@ class TrainConfig:
     """Loop."""
     tokenizer: str | None = None
     """Generator stage: folder of the tokenizer that makes its codes."""
+    init_from: str | None = None
+    """Tokenizer stage: folder of a tokenizer of the same build whose weights the run starts with."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Options of the stage's objective."""
     sampler: dict[str, Any] = field(default_factory=dict)

@@ -22,6 +22,7 @@ class GeneratorStage:
     def __init__(self, model: nn.Module, objective: Any, tokenizer: nn.Module) -> None:
         self.model, self.objective, self.tokenizer = model, objective, tokenizer.requires_grad_(False).eval()
         self.baselines: dict[str, float] = objective.baselines
+        self.adversary = None
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if "codes" not in batch:

@@ -24,7 +24,8 @@ class MetricLog:
     def __init__(self, path: Path, accelerator: Any, *, start_step: int, num_steps: int, baselines: dict[str, float], every: int) -> None:
         self.path, self.accelerator, self.baselines, self.every = path, accelerator, baselines, every
         self.sums: dict[str, Tensor] = {}
-        self.count = self.samples = 0
+        self.counts: dict[str, int] = {}  # a term may be there in some steps only
+        self.samples = 0
         self.began = time.monotonic()
         self.progress = Progress(num_steps, "training", start=start_step, unit="steps", show=accelerator.is_main_process)
         if accelerator.is_main_process:
@@ -37,12 +38,12 @@ class MetricLog:
         for name, value in terms.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.samples += samples
 
     def step_done(self, step: int, extra: dict[str, float]) -> None:
         """`step` steps are done; writes a line when it is time."""
-        if step % self.every == 0 and self.count:
+        if step % self.every == 0 and self.counts:
             self._write(step, extra)
         self.progress.advance()
 
@@ -51,7 +52,7 @@ class MetricLog:
 
     def _write(self, step: int, extra: dict[str, float]) -> None:
         names = sorted(self.sums)
-        means = self.accelerator.reduce(torch.stack([self.sums[name] / self.count for name in names]), "mean").tolist()
+        means = self.accelerator.reduce(torch.stack([self.sums[name] / self.counts[name] for name in names]), "mean").tolist()
         elapsed = time.monotonic() - self.began
         values = dict(zip(names, means, strict=True)) | extra | {"images_per_second": self.samples / max(elapsed, 1e-9)}
         values |= {f"{name}_baseline": value for name, value in self.baselines.items()}
@@ -63,7 +64,7 @@ class MetricLog:
                 loss += f" (guessing {self.baselines['loss']:.4f})"
             self.progress.note = f"{loss}, {values['images_per_second']:.0f} images/s"
         self.accelerator.log(values, step=step)
-        self.sums, self.count, self.samples, self.began = {}, 0, 0, time.monotonic()
+        self.sums, self.counts, self.samples, self.began = {}, {}, 0, time.monotonic()
 
 
 def _step_of(line: str) -> float:

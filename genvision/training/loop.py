@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from genvision import __version__
 from genvision.errors import UserError
 from genvision.training import rng
-from genvision.training.config import TrainConfig
+from genvision.training.config import OptimConfig, TrainConfig
 from genvision.training.ema import EMA
 from genvision.training.log import MetricLog
-from genvision.training.optim import learning_rate, make_optimizer
 from genvision.training.state import CheckpointFolder, save_tensors
+from genvision.training.trainee import Trainee
 
 Batch = dict[str, Tensor]
 
@@ -39,6 +39,10 @@ class Stage(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Named terms; `loss` is what is minimised. `model` is the wrapped form of `self.model`."""
 
+    @property
+    def adversary(self) -> "Adversary | None":
+        """A second network with an optimiser of its own, trained on the same batches right behind the model; None where there is none."""
+
     def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
         """Called when `step` steps are done, before averages are taken; returns values to log."""
 
@@ -46,6 +50,19 @@ class Stage(Protocol):
         """What a resume needs beyond model and optimiser: tensors and plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Adversary(Protocol):
+    """A network that is trained against the model: a discriminator."""
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    @property
+    def optim(self) -> OptimConfig: ...
+
+    def loss(self, batch: Batch) -> dict[str, Tensor] | None:
+        """Named terms, `adversary_loss` is what is minimised, of the batch that the stage's `loss` has just seen; None: not trained now."""
 
 
 class Stream(Protocol):
@@ -102,12 +119,14 @@ class _Run:
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", loop.keep_checkpoints)
         if loop.gradient_checkpointing:
             stage.model.enable_gradient_checkpointing()  # type: ignore[operator]
-        optimizer = make_optimizer(stage.model, config.optim)
-        stage.model.train()
-        stage.model.to(accelerator.device)
         if loop.compile:
             stage.model.compile()
-        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        steps = loop.num_steps
+        self.main = Trainee(stage.model, config.optim, steps, accelerator, files=("model.safetensors", "optimizer.pt"))
+        self.trainees = [self.main]
+        if stage.adversary is not None:
+            files = ("adversary.safetensors", "adversary_optimizer.pt")
+            self.trainees.append(Trainee(stage.adversary.network, stage.adversary.optim, steps, accelerator, files=files, wrap=False))
         self.ema = EMA(stage.model, loop.ema_decays)
         self.step = self.skipped = 0
         rng.start(config.seed, 0, accelerator.process_index)
@@ -143,40 +162,56 @@ class _Run:
         return True
 
     def _one_step(self, batch: Batch, log: MetricLog) -> dict[str, float]:
-        loop, optim, accelerator = self.config.train, self.config.optim, self.accelerator
-        lr = learning_rate(optim, self.step, loop.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        loop, accelerator = self.config.train, self.accelerator
+        rates = [trainee.set_learning_rate(self.step) for trainee in self.trainees]
+        extra = {"lr": rates[0]}
+        totals: dict[str, Tensor] = {}
         parts = [
             dict(zip(batch, values, strict=True)) for values in zip(*(v.chunk(loop.accumulation) for v in batch.values()), strict=True)
         ]
-        totals: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             part = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in part.items()}
             last = i == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            with nullcontext() if last else accelerator.no_sync(self.main.model):
                 with accelerator.autocast():
-                    terms = self.stage.loss(self.model, part)
+                    terms = self.stage.loss(self.main.model, part)
                 accelerator.backward(terms["loss"] / len(parts))
+            terms |= self._adversary_terms(part, len(parts))
             for name, value in terms.items():
                 totals[name] = totals.get(name, torch.zeros((), device=accelerator.device)) + value.detach() / len(parts)
-        extra = {"lr": lr}
-        finite = bool(torch.isfinite(totals["loss"]))
-        if optim.max_grad_norm is not None:
-            # a DDP gradient is the same everywhere, so the norm is, and so every process skips the same steps
-            norm = float(accelerator.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm))
-            extra["grad_norm"] = norm
-            finite = finite and norm < float("inf")
+        active = [trainee for trainee in self.trainees if trainee is self.main or "adversary_loss" in totals]
+        finite = all(bool(torch.isfinite(totals[name])) for name in ("loss", "adversary_loss") if name in totals)
+        for trainee in active:
+            if trainee is not self.main:
+                trainee.average_gradients()
+            # an averaged gradient is the same everywhere, so the norm is, and so every process skips the same steps
+            norm = trainee.clip_gradients()
+            if norm is not None:
+                extra["grad_norm" if trainee is self.main else "adversary_grad_norm"] = norm
+                finite = finite and norm < float("inf")
         if accelerator.num_processes > 1:
             finite = not self._agree(not finite)
         if finite or accelerator.scaler is not None:  # fp16's gradient scaler finds infinities itself and must see every step
-            self.optimizer.step()
+            for trainee in active:
+                trainee.optimizer.step()
         if finite and not accelerator.optimizer_step_was_skipped:
             log.add(totals, loop.batch_size)
         else:
             self._skip()
-        self.optimizer.zero_grad(set_to_none=True)
+        for trainee in self.trainees:
+            trainee.optimizer.zero_grad(set_to_none=True)
         return extra | {"skipped_steps": float(self.skipped)}
+
+    def _adversary_terms(self, part: Batch, num_parts: int) -> dict[str, Tensor]:
+        """Backward pass of the adversary, while both networks still have the weights with which the step began."""
+        if self.stage.adversary is None:
+            return {}
+        with self.accelerator.autocast():
+            terms = self.stage.adversary.loss(part)
+        if terms is None:
+            return {}
+        self.accelerator.backward(terms["adversary_loss"] / num_parts)
+        return terms
 
     def _skip(self) -> None:
         self.skipped += 1
@@ -205,10 +240,10 @@ class _Run:
         accelerator = self.accelerator
         if accelerator.is_main_process:
             part = self.checkpoints.begin(self.step)
-            save_tensors(part / "model.safetensors", self.stage.model.state_dict())
+            for trainee in self.trainees:
+                trainee.save(part)
             for decay in self.ema.decays:
                 save_tensors(part / f"ema_{decay}.safetensors", self.ema.state_dict(decay))
-            torch.save(self.optimizer.optimizer.state_dict(), part / "optimizer.pt")
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
             torch.save({"stage": self.stage.state_dict(), "scaler": scaler}, part / "stage.pt")
         accelerator.wait_for_everyone()
@@ -234,10 +269,10 @@ class _Run:
             return
         step = steps[-1]
         facts = self.checkpoints.read(step)
-        self.stage.model.load_state_dict(self.checkpoints.load_tensors(step, "model.safetensors"))
+        for trainee in self.trainees:
+            trainee.restore(self.checkpoints, step)
         for decay in self.ema.decays:
             self.ema.load_state_dict(decay, self.checkpoints.load_tensors(step, f"ema_{decay}.safetensors"))
-        self.optimizer.optimizer.load_state_dict(self.checkpoints.load_object(step, "optimizer.pt"))
         rest = self.checkpoints.load_object(step, "stage.pt")
         self.stage.load_state_dict(rest["stage"])
         if self.accelerator.scaler is not None and rest["scaler"]:

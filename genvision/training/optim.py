@@ -5,7 +5,25 @@ import math
 import torch
 from torch import nn
 
+from genvision.errors import UserError
 from genvision.training.config import OptimConfig
+
+
+def freeze_all_but(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Leave gradients to the parameters whose names begin with one of `prefixes`, whole parts of a dotted name; to all if there are none.
+
+    Raises:
+        UserError: no name begins so.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(name == prefix or name.startswith(f"{prefix}.") for name in names):
+            parts = dict.fromkeys(name.split(".")[0] for name in names)
+            raise UserError(f"optim.train_only {prefix}: the model has no part of that name; its parts are {', '.join(parts)}")
+    for name, parameter in model.named_parameters():
+        trained = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+        if prefixes and not trained:
+            parameter.requires_grad_(False)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -1,7 +1,8 @@
-"""Training a tokenizer: reconstruction, the quantiser's own terms, and codes that are kept alive."""
+"""Training a tokenizer: reconstruction, perceptual distance, the bottleneck's own terms, an adversary, and codes that are kept alive."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,41 +11,49 @@ from torch import Tensor, nn
 
 from genvision.errors import UserError
 from genvision.tokenizers.base import TokenizerOutput
-from genvision.tokenizers.quantizers import CodebookUsage, revive_dead_codes
-from genvision.tokenizers.vq import VQTokenizer
+from genvision.tokenizers.codebook import CodebookUsage, revive_dead_codes
+from genvision.training.adversary import Discrimination
+from genvision.training.tokenizer_loss import TokenizerLossConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerLossConfig:
-    """Terms of the tokenizer's loss. Perceptual and adversarial terms would stand here beside the reconstruction."""
-
-    reconstruction: Literal["l2", "l1"] = "l2"
-    """Mean squared or mean absolute error."""
-    reconstruction_weight: float = 1.0
-    """Its weight."""
-    revive_every: int = 0
-    """After this many steps, codes not used since the last time move onto encoder outputs; 0 never does it."""
-    revive_until: float = 0.8
-    """Part of the run after which codes are left in peace."""
-
-    def __post_init__(self) -> None:
-        if self.revive_every < 0 or not 0 <= self.revive_until <= 1:
-            raise UserError("loss.revive_every must be 0 or more, and loss.revive_until must lie in 0 .. 1")
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": partial(F.smooth_l1_loss, beta=0.05),
+}
 
 
 class TokenizerStage:
-    """Loss of a VQ tokenizer on a batch of images; watches its codes over every whole pass through the data.
+    """Loss of a tokenizer on a batch of images; watches discrete codes over every whole pass through the data.
 
     Args:
         model: the tokenizer.
         config: weights of the terms.
+        perceptual: distances [B] of image pairs, where the loss has such a term.
+        adversary: the discriminator, where there is one.
         seed: of the choice of revived codes.
         num_steps: of the run.
         steps_per_pass: after how many steps all images were seen once.
     """
 
-    def __init__(self, model: VQTokenizer, config: TokenizerLossConfig, *, seed: int, num_steps: int, steps_per_pass: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: TokenizerLossConfig,
+        *,
+        perceptual: nn.Module | None = None,
+        adversary: Discrimination | None = None,
+        seed: int,
+        num_steps: int,
+        steps_per_pass: int,
+    ) -> None:
         self.model, self.config, self.seed, self.steps_per_pass = model, config, seed, steps_per_pass
+        self.perceptual, self.adversary = perceptual, adversary
+        if perceptual is not None:
+            perceptual.train()  # for the dropout inside LPIPS, if it is asked for
+        if config.revive_every and not getattr(getattr(model, "quantize", None), "movable", False):
+            raise UserError(
+                f"loss.revive_every {config.revive_every}: this tokenizer has no codes that can be moved one by one; set it to 0"
+            )
         self.last_revival = int(config.revive_until * num_steps)
         self.baselines: dict[str, float] = {}
         codebook_size = model.spec.codebook_size or 0
@@ -55,24 +64,38 @@ class TokenizerStage:
         self.latest_z: Tensor | None = None
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`batch` has `images` [B, 3, H, W]. Terms: `loss`, `reconstruction` and the quantiser's.
+        """`batch` has `images` [B, 3, H, W]. Terms: `loss`, `reconstruction`, `perceptual`, the tokenizer's own and the adversary's.
 
         `reconstruction_blank` is what the best single colour for the whole batch would score: the mark to beat.
         """
-        images = batch["images"]
+        images, config = batch["images"], self.config
         output: TokenizerOutput = model(images)
-        distance = F.mse_loss if self.config.reconstruction == "l2" else F.l1_loss
-        reconstruction = distance(output.reconstruction.float(), images)
-        loss = self.config.reconstruction_weight * reconstruction + sum(output.losses.values())
-        blank = distance(images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images), images)
+        distance = DISTANCES[config.reconstruction]
+        with torch.autocast(images.device.type, enabled=False):  # losses in float32 whatever the networks ran in
+            reconstruction = output.reconstruction.float()
+            terms = {"reconstruction": distance(reconstruction, images)}
+            nll = config.reconstruction_weight * terms["reconstruction"]
+            blank = distance(images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images), images)
+            if self.perceptual is not None:
+                terms["perceptual"] = self.perceptual.to(images.device)(images, reconstruction).mean()
+                nll = nll + config.perceptual_weight * terms["perceptual"]
+        loss = nll + sum(output.losses.values())
+        if self.adversary is not None:
+            told = self.adversary.tokenizer_terms(images, reconstruction, nll, self.model.last_layer)
+            loss = loss + told.get("adversarial_loss", 0.0)
+            terms |= told
         if output.codes is not None:
             self.counts_of_step += torch.bincount(output.codes.flatten().cpu(), minlength=len(self.counts_of_step))
         if output.z is not None:
             self.latest_z = output.z.detach()
-        return {"loss": loss, "reconstruction": reconstruction, "reconstruction_blank": blank, **output.losses}
+        return {"loss": loss, "reconstruction_blank": blank, **terms, **output.losses}
 
     @torch.no_grad()
     def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
+        if self.adversary is not None:
+            self.adversary.step = step
+        if self.model.spec.codebook_size is None:
+            return {}
         counts = self.counts_of_step
         if accelerator.num_processes > 1:
             counts = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
@@ -84,21 +107,22 @@ class TokenizerStage:
             self.pass_usage.counts.zero_()
         every = self.config.revive_every
         if every and step % every == 0 and step <= self.last_revival:
-            self._revive(step, accelerator)
+            self._revive(step)
         return self.last_pass
 
-    def _revive(self, step: int, accelerator: Accelerator) -> None:
+    def _revive(self, step: int) -> None:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         assert self.latest_z is not None
         revive_dead_codes(self.model.quantize, self.counts_since_revival, self.latest_z, generator)
-        if accelerator.num_processes > 1:  # each process chose from its own images; the first one's choice holds
-            torch.distributed.broadcast(self.model.quantize.embedding.weight.data, 0)
         self.counts_since_revival.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pass": self.pass_usage.counts, "since_revival": self.counts_since_revival, "last_pass": self.last_pass}
+        state = {"pass": self.pass_usage.counts, "since_revival": self.counts_since_revival, "last_pass": self.last_pass}
+        return state if self.adversary is None else state | {"adversary": self.adversary.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pass_usage.counts.copy_(state["pass"])
         self.counts_since_revival.copy_(state["since_revival"])
         self.last_pass = state["last_pass"]
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])

@@ -24,7 +24,7 @@ class Regression:
     """The least stage: a linear model; a batch may carry a loss that is not finite."""
 
     def __init__(self):
-        self.model, self.baselines = Line(), {"loss": 1.0}
+        self.model, self.baselines, self.adversary = Line(), {"loss": 1.0}, None
 
     def loss(self, model, batch):
         return {"loss": ((model(batch["x"]) - batch["y"]) ** 2).mean()}

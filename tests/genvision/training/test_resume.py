@@ -35,6 +35,8 @@ TOKENIZER = {
     "optim": {"lr": 2.0e-3, "warmup_steps": 5, "schedule": "cosine"},
     "train": {"num_steps": STEPS, "batch_size": 8, "ema_decays": [0.9, 0.5], "log_every": 5, "checkpoint_every": 3, "preview_every": 0},
 }
+ADVERSARY = {"width": 4, "num_layers": 1, "adaptive": True, "start": 6, "ramp": 10, "lecam_weight": 0.1, "r1_weight": 0.1, "lr": 1.0e-3}
+ADVERSARIAL = TOKENIZER | {"loss": {"adversarial": {"discriminator": "patchgan", **ADVERSARY}}}
 GENERATOR = {
     "stage": "generator",
     "seed": 4,
@@ -85,7 +87,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert left.keys() == right.keys()
         for key in left:
             assert left[key].equal(right[key]), (name, key)
-    for name in ("optimizer.pt", "stage.pt", "rng_0.pt"):
+    for name in [path.name for path in (a / last).glob("*.pt")]:
         assert (a / last / name).read_bytes() == (b / last / name).read_bytes(), name
     for path in (a / "model").rglob("*.safetensors"):
         assert path.read_bytes() == (b / path.relative_to(a)).read_bytes()
@@ -118,6 +120,21 @@ def test_three_kills_at_random_moments_change_no_bit(tokenizer_run, tmp_path):
     assert [yaml.safe_load(line)["step"] for line in lines] == list(range(5, STEPS + 1, 5))
 
 
+def test_an_adversarial_run_goes_on_bit_for_bit(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(ADVERSARIAL))
+    finish(start(config, tmp_path / "whole"))
+    process = start(config, tmp_path / "killed")
+    wait_for_step(process, tmp_path / "killed", 12)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert newest_step(tmp_path / "killed") < STEPS
+    finish(start(config, tmp_path / "killed", "--resume"))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    saved = {path.name for path in (tmp_path / "whole/checkpoints" / f"step_{STEPS:08d}").iterdir()}
+    assert {"adversary.safetensors", "adversary_optimizer.pt"} <= saved
+
+
 def test_a_generator_on_images_is_stopped_by_sigterm_and_goes_on(tokenizer_run, tmp_path):
     tokenizer = tokenizer_run[1] / "model"
     config = tmp_path / "config.yaml"
@@ -134,18 +151,23 @@ def test_a_generator_on_images_is_stopped_by_sigterm_and_goes_on(tokenizer_run, 
     assert len(list((tmp_path / "whole" / "previews").glob("*.png"))) == 4
 
 
-def test_two_processes_train_the_same_model_as_one(tokenizer_run, tmp_path):
-    config, _ = tokenizer_run
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_two_processes_train_the_same_model_as_one(adversarial, tmp_path):
+    config = tmp_path / "config.yaml"
+    # a discriminator without BatchNorm, which would see half of the batch; and no weight that each process finds for itself
+    adversary = {"discriminator": "stylegan", "width": 8, "r1_weight": 0.1}
+    config.write_text(yaml.safe_dump(TOKENIZER | {"loss": {"adversarial": adversary} if adversarial else {}}))
     # what depends on more than one image (entropy over a batch, revived codes) or on each process's own dropout is switched off
-    changes = ["--train.num_steps", "6", "--model.dropout", "0", "--loss.revive_every", "0", "--model.entropy_weight", "0"]
+    changes = ["--train.num_steps", "6", "--model.dropout", "0", "--model.entropy_weight", "0"]
     finish(start(config, tmp_path / "one", *changes))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "train.py"]
     command += ["--config", str(config), "--output_dir", str(tmp_path / "two"), *changes]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    one = load_file(tmp_path / "one/checkpoints/step_00000006/model.safetensors")
-    two = load_file(tmp_path / "two/checkpoints/step_00000006/model.safetensors")
-    for name in one:
-        assert (one[name] - two[name]).abs().max() < 1e-4, name
+    for network in ("model", "adversary") if adversarial else ("model",):
+        one = load_file(tmp_path / f"one/checkpoints/step_00000006/{network}.safetensors")
+        two = load_file(tmp_path / f"two/checkpoints/step_00000006/{network}.safetensors")
+        for name in one:
+            assert (one[name] - two[name]).abs().max() < 1e-4, name
     assert (tmp_path / "two/checkpoints/step_00000006/rng_1.pt").is_file()
