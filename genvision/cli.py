@@ -97,6 +97,8 @@ def encode(
     batch_size: int = 32,
     workers: int = 2,
     on_bad_image: Literal["stop", "skip"] = "stop",
+    dtype: Literal["float32", "float16"] = "float32",
+    storage: Literal["auto", "bytes"] = "auto",
 ) -> None:
     """Turn images into codes once, with all crops and flips, for training a generator; goes on where it was interrupted.
 
@@ -111,8 +113,10 @@ def encode(
         batch_size: images at a time.
         workers: processes that decode images.
         on_bad_image: stop at an unreadable image, or leave it out and list it at the end.
+        dtype: of stored latents; float16 takes half the space. (Discrete codes are whole numbers.)
+        storage: of discrete codes: one byte each where at most 256 are in use; bytes also up to 510, slower to read.
     """
-    from genvision.jobs.encode import encode_data
+    from genvision.jobs.encode import encode_data, format_encoded
 
     index = encode_data(
         tokenizer,
@@ -125,8 +129,39 @@ def encode(
         batch_size=batch_size,
         num_workers=workers,
         on_bad_image=on_bad_image,
+        dtype=dtype,
+        storage=storage,
     )
-    print(f"{out}: {index['num_images']} images in {index['views']} views, codes of shape {index['code_shape']}")
+    _say(f"{out}: {format_encoded(index)}")
+
+
+def decode(
+    *,
+    encoded: Path,
+    tokenizer: Path,
+    out: Path,
+    num: int | None = None,
+    view: int = 0,
+    batch_size: int = 32,
+    rounding: Literal["trunc127.5", "trunc255", "round"] = "trunc127.5",
+    device: str | None = None,
+) -> None:
+    """Decode an encoded data set to pictures, to look at what was stored.
+
+    Args:
+        encoded: folder written by encode.
+        tokenizer: folder of the tokenizer that made it.
+        out: a folder for PNG files, FILE.npz (ADM's layout) or FILE.png (one grid).
+        num: so many, the classes in turn; all unless told (of a grid, about 64).
+        view: which crop or flip, from 0.
+        batch_size: images at a time.
+        rounding: how floats become bytes.
+        device: cuda, cpu, ...; the best there is unless told.
+    """
+    from genvision.jobs.decode import decode_encoded
+
+    decode_encoded(encoded, out, tokenizer=tokenizer, num=num, view=view, batch_size=batch_size, rounding=rounding, device=device)
+    print(out)
 
 
 def reconstruct(
@@ -246,14 +281,36 @@ def evaluate(
     _say(format_table(evaluate_data(generated, reference, json=json, html=html, options=options)))
 
 
-def statistics(*, data: str, out: Path, image_size: int | None = None, scoring: Scoring) -> None:
-    """Measure a data set once and write its statistics, a reference that can be kept and sent to others.
+def statistics(
+    *,
+    data: str,
+    out: Path,
+    image_size: int | None = None,
+    tokenizer: Path | None = None,
+    num: int | None = None,
+    scoring: Scoring,
+) -> None:
+    """Measure a data set once and write its statistics, a reference that can be kept; or, with --tokenizer, those of its latents.
 
     Args:
         data: digits, folder:PATH, parquet:GLOB or npz:FILE.
-        out: new file, NAME.safetensors.
+        out: new file, NAME.safetensors; with --tokenizer, a new folder for the same tokenizer with standardised latents.
         image_size: crop to this side first; without it all images must have one size.
+        tokenizer: folder of a continuous tokenizer: mean and deviation of each channel of its latents are measured and become its own.
+        num: with --tokenizer, measure so many images, evenly spread; all unless told.
     """
+    if tokenizer is not None:
+        from genvision.jobs.standardize import standardize_tokenizer
+
+        size, workers = scoring.batch_size, scoring.workers
+        _say(
+            standardize_tokenizer(
+                tokenizer, data, out, image_size=image_size, num=num, batch_size=size, num_workers=workers, device=scoring.device
+            )
+        )
+        return
+    if num is not None:
+        raise UserError("--num goes with --tokenizer; the statistics of a reference are those of all its images")
     from genvision.jobs.evaluate import evaluation_options
     from genvision.jobs.statistics import write_data_statistics
 
@@ -533,18 +590,19 @@ def neighbours(
     _say(f"{format_neighbours(result)}\n{out}")
 
 
-def import_(name: str, file: Path, *, out: Path, weights: Literal["model", "ema"] | None = None) -> None:
+def import_(name: str, file: str, *, out: Path, weights: Literal["model", "ema"] | None = None, download: bool = False) -> None:
     """Turn an official checkpoint into a component of a model folder.
 
     Args:
         name: of a preset; `genvision presets` lists them.
-        file: the downloaded checkpoint.
+        file: the downloaded checkpoint; of an sd-vae also a diffusers folder, or hub:OWNER/NAME.
         out: model folder; import tokenizer and generator into the same one.
         weights: which weights of a training checkpoint to take.
+        download: fetch hub:OWNER/NAME if it is not there.
     """
     from genvision.jobs.import_official import import_checkpoint
 
-    missing = import_checkpoint(name, file, out, weights=weights)
+    missing = import_checkpoint(name, file, out, weights=weights, download=download)
     print(f"{out}: {name} imported" + (f"; still missing: {', '.join(missing)}" if missing else "; complete"))
 
 
@@ -563,6 +621,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "encode": encode,
+    "decode": decode,
     "reconstruct": reconstruct,
     "sample": sample,
     "fid": fid,

@@ -63,6 +63,80 @@ def _vqgan(codebook_size: int, published: dict[str, float], size: float) -> Pres
     )
 
 
+def _maskgit_style(family: str, file: str, config: dict[str, Any], source: str, published: dict[str, float], notes: str) -> Preset:
+    return Preset(
+        component="tokenizer",
+        family=family,
+        config=config,
+        file=file,
+        image_size=256,
+        million_parameters=54.5,
+        source=source,
+        published=published,
+        notes=notes,
+    )
+
+
+MAGE_NETWORK = {"z_channels": 256, "resolution": 256, "ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2}
+
+SD_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 256,
+    "scaling_factor": 0.18215,
+}
+"""config.json of stabilityai/sd-vae-ft-ema and sd-vae-ft-mse."""
+COMPVIS_KL_F8 = {"double_z": True, "z_channels": 4, "resolution": 256, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+
+
+def _kl(config: dict[str, Any], file: str, source: str, published: dict[str, float], notes: str = "") -> Preset:
+    return Preset(
+        component="tokenizer",
+        family="autoencoder-kl",
+        config=config,
+        file=file,
+        image_size=256,
+        million_parameters=83.7,
+        source=source,
+        published=published,
+        notes=notes,
+    )
+
+
+def _titok(sizes: str, tokens: int, published: dict[str, float], millions: float, **options: Any) -> Preset:
+    names = {"s": "small", "b": "base", "l": "large"}
+    config = {"vit_enc_model_size": names[sizes[0]], "vit_dec_model_size": names[sizes[-1]], "num_latent_tokens": tokens}
+    legacy = {"codebook_size": 4096, "token_size": 12, "use_l2_norm": True, "commitment_cost": 0.25, "finetune_decoder": True}
+    return Preset(
+        component="tokenizer",
+        family="titok",
+        config={"vit_enc_patch_size": 16, "vit_dec_patch_size": 16} | config | (options or legacy),
+        file="model.safetensors",
+        image_size=256,
+        million_parameters=millions,
+        source="TiTok, arXiv:2406.07550, and the table of its repository",
+        published=published,
+        notes="rFID by the repository's own evaluator, 256 x 256 centre crops of the validation images.",
+    )
+
+
+TITOK_VQ8K = {
+    "codebook_size": 8192,
+    "token_size": 64,
+    "use_l2_norm": False,
+    "commitment_cost": 0.25,
+    "finetune_decoder": False,
+    "is_legacy": False,
+}
+TITOK_VAE = {"quantize_mode": "vae", "token_size": 16, "finetune_decoder": False, "is_legacy": False}
+
 SIZES = {
     "b": (12, 12, 768, 110.9),
     "l": (24, 16, 1024, 342.9),
@@ -94,6 +168,44 @@ PRESETS: dict[str, Preset] = {
     "llamagen-vq8": _vq((1, 2, 2, 4), "vq_ds8_c2i.pt", 70.1, {"rfid": 0.59, "psnr": 24.45, "ssim": 0.813, "codebook_usage": 0.976}),
     "vqgan-imagenet-f16-1024": _vqgan(1024, {"rfid": 7.94}, 72.1),
     "vqgan-imagenet-f16-16384": _vqgan(16384, {"rfid": 4.98}, 76.1),
+    "maskgit-vqgan": _maskgit_style(
+        "maskgit-vqgan",
+        "maskgit-vqgan-imagenet-f16-256.bin",
+        {},
+        "MaskGIT, arXiv:2202.04200; the port to PyTorch of bytedance/1d-tokenizer",
+        {"rfid": 2.28},
+        "",
+    ),
+    "mage-vqgan": _maskgit_style(
+        "mage-vqgan",
+        "vqgan_jax_strongaug.ckpt",
+        {"ddconfig": MAGE_NETWORK, "n_embed": 1024, "beta": 0.25},
+        "MAGE, arXiv:2211.09117",
+        {},
+        "Has the shapes of maskgit-vqgan, but other codes: a generator needs the tokenizer that it was trained with.",
+    ),
+    "sd-vae-ft-ema": _kl(SD_VAE, "diffusion_pytorch_model.safetensors", "model card of stabilityai/sd-vae-ft-ema", {}),
+    "sd-vae-ft-mse": _kl(
+        SD_VAE,
+        "diffusion_pytorch_model.safetensors",
+        "model card of stabilityai/sd-vae-ft-mse",
+        {},
+        "Smoother images; the encoder is that of ft-ema.",
+    ),
+    "sd-vae-kl-f8": _kl(
+        {"ddconfig": COMPVIS_KL_F8, "embed_dim": 4, "scale_factor": 0.18215},
+        "model.ckpt",
+        "Latent diffusion, arXiv:2112.10752",
+        {},
+        "The autoencoder alone, or a whole Stable Diffusion checkpoint, of which it is taken.",
+    ),
+    "titok-l-32": _titok("l", 32, {"rfid": 2.21}, 641.1),
+    "titok-b-64": _titok("b", 64, {"rfid": 1.70}, 204.8),
+    "titok-s-128": _titok("s", 128, {"rfid": 1.71}, 83.7),
+    "titok-bl-64-vq8k": _titok("bl", 64, {"rfid": 2.06}, 390.0, **TITOK_VQ8K),
+    "titok-bl-128-vq8k": _titok("bl", 128, {"rfid": 1.49}, 390.2, **TITOK_VQ8K),
+    "titok-bl-64-vae-c16": _titok("bl", 64, {"rfid": 1.25}, 389.4, **TITOK_VAE),
+    "titok-bl-128-vae-c16": _titok("bl", 128, {"rfid": 0.84}, 389.6, **TITOK_VAE),
     "llamagen-c2i-b-256": _gpt("b", 256, 2.0, {"fid": 5.46, "is": 193.61, "precision": 0.83, "recall": 0.45}),
     "llamagen-c2i-b-384": _gpt("b", 384, 2.25, {"fid": 6.09, "is": 182.54, "precision": 0.845, "recall": 0.416}),
     "llamagen-c2i-l-256": _gpt("l", 256, 1.75, {"fid": 3.80, "is": 248.28, "precision": 0.833, "recall": 0.515}),

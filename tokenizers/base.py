@@ -23,6 +23,7 @@ TOKENIZERS: dict[str, str] = {
     "VQTokenizer": "genvision.tokenizers.vq",
     "ViTok": "genvision.tokenizers.vit",
     "KLTokenizer": "genvision.tokenizers.kl",
+    "AutoencoderKL": "genvision.tokenizers.kl",
     "TiTok": "genvision.tokenizers.titok",
 }
 """Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
@@ -128,7 +129,8 @@ class ContinuousTokenizer(Tokenizer):
     def normalize(self, z: Tensor) -> Tensor:
         """Latents as the network makes them, [B, c, ...] -> as generators see them."""
         mean, std = self._statistics(z)
-        return (z - mean) / std
+        # the layout decides how a decoder's sums are rounded: latents from here and from a file must be laid out alike
+        return ((z - mean) / std).contiguous()
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Latents as generators see them, [B, c, ...] -> as the network makes them."""
@@ -193,9 +195,12 @@ def load_component(folder: Path, registry: dict[str, str], kind: str) -> Any:
         raise UserError(f"{config_path}: not a component configuration ({error}); write the folder again") from error
     if name not in registry:
         raise UserError(f"{config_path}: class '{name}' is no {kind} of genvision; known are {', '.join(sorted(registry))}")
-    cls = getattr(import_module(registry[name]), name)
+    defined_in = import_module(registry[name])
     try:
-        module = cls.from_pretrained(str(folder), local_files_only=True)
+        if name == "AutoencoderKL":  # a folder of diffusers itself
+            module = defined_in.KLTokenizer.from_diffusers(folder)
+        else:
+            module = getattr(defined_in, name).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise many types; whatever it is, these files cannot be used
         if isinstance(error, UserError):
             raise

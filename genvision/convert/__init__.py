@@ -6,13 +6,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from genvision.convert.generators import llamagen_gpt
+from genvision.convert.kl import autoencoder_kl
 from genvision.convert.readers import fill
-from genvision.convert.tokenizers import llamagen_vq, taming_vqgan
+from genvision.convert.signatures import guess_family
+from genvision.convert.titok import titok
+from genvision.convert.tokenizers import llamagen_vq, mage_vqgan, maskgit_vqgan, taming_vqgan
+from genvision.convert.vitok import vitok
 from genvision.errors import UserError
 
 Converter = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[nn.Module, dict[str, Tensor]]]
 
-FAMILIES: dict[str, Converter] = {"llamagen-gpt": llamagen_gpt, "llamagen-vq": llamagen_vq, "taming-vqgan": taming_vqgan}
+FAMILIES: dict[str, Converter] = {
+    "autoencoder-kl": autoencoder_kl,
+    "llamagen-gpt": llamagen_gpt,
+    "llamagen-vq": llamagen_vq,
+    "mage-vqgan": mage_vqgan,
+    "maskgit-vqgan": maskgit_vqgan,
+    "taming-vqgan": taming_vqgan,
+    "titok": titok,
+    "vitok": vitok,
+}
 """Family to a function that makes our empty module and the state dict under our names."""
 
 
@@ -26,10 +39,19 @@ def load_official(family: str, state_dict: Mapping[str, Tensor], config: Mapping
         source: named in errors, a file for example.
 
     Raises:
-        UserError: unknown family; or tensors are missing, left over or of another shape (all are listed in one message).
+        UserError: unknown family; tensors are missing, left over or of another shape (all are listed in one message); or they look like
+            another family's.
     """
     if family not in FAMILIES:
         raise UserError(f"family '{family}' is unknown; known are {', '.join(sorted(FAMILIES))}")
     module, renamed = FAMILIES[family](state_dict, config)
-    fill(module, renamed, source)
+    try:
+        fill(module, renamed, source)
+    except UserError as error:
+        looks_like = guess_family(state_dict)
+        if looks_like is not None and looks_like != family:
+            raise UserError(
+                f"{source}: looks like a checkpoint of {looks_like}, not of {family}; import it under a name of that family"
+            ) from error
+        raise
     return module.eval()

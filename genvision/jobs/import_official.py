@@ -10,19 +10,22 @@ from genvision.convert import load_official
 from genvision.convert.readers import read_state_dict
 from genvision.errors import UserError
 from genvision.pipeline import INDEX, ImagePipeline, read_index, save_parts
-from genvision.presets import find_preset
+from genvision.presets import Preset, find_preset
 from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.training.state import write_atomically
 
+HUB = "hub:"
 
-def import_checkpoint(name: str, file: Path, out: Path, *, weights: str | None = None) -> list[str]:
+
+def import_checkpoint(name: str, file: Path | str, out: Path, *, weights: str | None = None, download: bool = False) -> list[str]:
     """Convert one file; run twice into one folder (tokenizer, generator), it makes a complete pipeline.
 
     Args:
         name: of a preset.
-        file: the official checkpoint.
+        file: the official checkpoint; of an AutoencoderKL also a diffusers folder, or hub:OWNER/NAME, which then say how it is built.
         out: pipeline folder, new or with other components in it.
         weights: which weights of a training checkpoint to take (`model`, `ema`).
+        download: fetch hub:OWNER/NAME if it is not in the Hub's cache.
 
     Returns:
         The components that are still missing.
@@ -37,7 +40,7 @@ def import_checkpoint(name: str, file: Path, out: Path, *, weights: str | None =
         raise UserError(f"{out}: is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not (out / INDEX).is_file():
         raise UserError(f"{out}: already holds something that is no model; choose another --out")
-    module: Any = load_official(preset.family, read_state_dict(file, weights), preset.config, source=str(file))
+    module = _read(preset, file, weights, download)
     parts: dict[str, Any] = {preset.component: module}
     label_names = None
     if preset.component == "generator":
@@ -49,12 +52,37 @@ def import_checkpoint(name: str, file: Path, out: Path, *, weights: str | None =
         missing = [part for part in ("tokenizer", "generator", "sampler") if not (out / part).is_dir()]
         if not missing:
             pipeline = ImagePipeline.from_pretrained(out)
-            facts = {"imported": f"{name} from {file.name}", "source": preset.source}
+            facts = {"imported": f"{name} from {Path(file).name}", "source": preset.source}
             write_card(out / "README.md", pipeline.generator, pipeline.tokenizer, pipeline.sampler, pipeline.label_names, facts)
     except BaseException:
         _undo(out, list(parts), fresh, index)
         raise
     return missing
+
+
+def _read(preset: Preset, file: Path | str, weights: str | None, download: bool) -> Any:
+    """The component, from a file, a folder of diffusers or the Hub."""
+    folder = _from_hub(str(file).removeprefix(HUB), download) if str(file).startswith(HUB) else Path(file)
+    if not folder.is_dir():
+        return load_official(preset.family, read_state_dict(folder, weights), preset.config, source=str(file))
+    if preset.family != "autoencoder-kl":
+        raise UserError(f"{file}: is a folder; give the checkpoint file, {preset.file}")
+    from genvision.tokenizers.kl import KLTokenizer
+
+    return KLTokenizer.from_diffusers(folder)
+
+
+def _from_hub(name: str, download: bool) -> Path:
+    """Folder of a diffusers AutoencoderKL in the Hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["config.json", "diffusion_pytorch_model.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=files, local_files_only=not download))
+    except Exception as error:  # the Hub's client raises many types; whatever it is, the files are not there
+        reason = " ".join(str(error).split())[:200]
+        mend = "check name and network" if download else "fetch it with --download"
+        raise UserError(f"{HUB}{name}: is not in the Hub's cache ({reason}); {mend}") from error
 
 
 def _undo(out: Path, parts: list[str], fresh: bool, index: dict[str, Any] | None) -> None:

@@ -17,13 +17,14 @@ from genvision.cli import main
 from genvision.convert import FAMILIES, load_official
 from genvision.convert.readers import read_state_dict
 from genvision.errors import UserError
-from genvision.jobs.import_official import imagenet_label_names, import_checkpoint
+from genvision.jobs.import_official import import_checkpoint
 from genvision.pipeline import ImagePipeline
 from genvision.presets import PRESETS, Preset
 from parity_fixtures import FOLDER, Fixture, manifest
 
 MANIFESTS = sorted(
-    path.stem.removeprefix("manifest_") for family in ("llamagen", "taming") for path in FOLDER.glob(f"manifest_{family}_*.json")
+    {path.stem.removeprefix("manifest_") for family in ("llamagen", "taming") for path in FOLDER.glob(f"manifest_{family}_*.json")}
+    - {"llamagen_patchgan"}  # a discriminator
 )
 
 
@@ -68,23 +69,6 @@ class TestSizes:
         theirs = sum(math.prod(shape) for key, shape in recorded["tensors"].items() if not key.startswith(left_behind))
         assert ours == theirs
         assert all(p.is_meta for p in module.parameters())
-
-    @pytest.mark.parametrize("name", PRESETS)
-    def test_every_preset_fits_its_recorded_checkpoint(self, name):
-        preset = PRESETS[name]
-        family, *rest = name.split("-")
-        if family == "vqgan":
-            recorded = manifest("_".join(["taming", family, *rest]))
-        else:
-            recorded = manifest("_".join([family, *(["gpt", rest[1], rest[0], rest[2]] if len(rest) == 3 else rest)]))
-        with torch.device("meta"):
-            state = {key: torch.empty(shape) for key, shape in recorded["tensors"].items()}
-            module = load_official(preset.family, state, preset.config)
-        if preset.component == "generator":
-            assert module.grid_size * 16 == preset.image_size
-            assert module.num_classes == len(imagenet_label_names()) == 1000
-        else:
-            assert module.spec.image_size == preset.image_size
 
     @pytest.mark.parametrize("name", ["llamagen_gpt_b_c2i_256", "llamagen_vq8"])
     def test_one_tensor_less_or_more_is_noticed(self, name):
@@ -284,7 +268,8 @@ class TestImport:
 
     def test_a_file_that_does_not_fit_leaves_nothing(self, files, tmp_path):
         for name, file in (("tiny-vq", "gpt"), ("tiny-c2i", "vq"), ("tiny-vq", "small")):
-            with pytest.raises(UserError, match=f"{file}.pt: .* tensors? do not fit"):
+            why = "tensors? do not fit" if file == "small" else f"looks like a checkpoint of llamagen-{file}, not of llamagen-"
+            with pytest.raises(UserError, match=f"{file}.pt: .*{why}"):
                 import_checkpoint(name, files[file], tmp_path / "model")
             assert not (tmp_path / "model").exists()
 

@@ -1,0 +1,31 @@
+"""Which original implementation a state dict comes from, by the names of its tensors."""
+
+import re
+from collections.abc import Iterable
+
+SIGNATURES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("titok", (r"latent_tokens", r"encoder\.transformer\.0\."), ()),
+    ("vitok", (r"tubelet_embed\.proj\.", r"encoder_to_code\."), ()),
+    ("llamagen-vq", (r"encoder\.conv_blocks\.0\.res\.0\.", r"quantize\.embedding\.weight"), ()),
+    ("maskgit-vqgan", (r"encoder\.mid\.0\.conv1\.", r"quantize\.embedding\.weight"), (r"encoder\.conv_blocks\.",)),
+    ("taming-vqgan", (r"encoder\.mid\.attn_1\.", r"quantize\.embedding\.weight", r"quant_conv\."), ()),
+    ("mage-vqgan", (r"encoder\.mid\.block_1\.", r"quantize\.embedding\.weight"), (r"quant_conv\.",)),
+    ("autoencoder-kl", (r"(first_stage_model\.)?encoder\.(down_blocks|down)\.0\.",), (r"quantize\.",)),
+    ("llamagen-gpt", (r"layers\.0\.attention\.wqkv\.", r"tok_embeddings\."), ()),
+    ("dit or sit", (r"x_embedder\.", r"blocks\.0\.adaLN_modulation\."), ()),
+    ("mage", (r"decoder_pos_embed", r"mask_token|vqgan\."), (r"tubelet_embed\.",)),
+)
+"""Family, patterns that some name must begin with each, patterns that no name may begin with; the first that fits counts."""
+
+
+def guess_family(names: Iterable[str]) -> str | None:
+    """The family that tensor names look like; None where they look like none."""
+    names = list(names)
+
+    def present(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in names)
+
+    for family, wanted, unwanted in SIGNATURES:
+        if all(map(present, wanted)) and not any(map(present, unwanted)):
+            return family
+    return None

@@ -1,0 +1,47 @@
+"""A checkpoint of another family is told by its tensors' names."""
+
+import pytest
+import torch
+
+from genvision.convert import FAMILIES, load_official
+from genvision.convert.signatures import guess_family
+from genvision.errors import UserError
+from parity_fixtures import manifest
+
+EXAMPLES = {
+    "llamagen-gpt": "llamagen_gpt_b_c2i_256",
+    "llamagen-vq": "llamagen_vq16",
+    "taming-vqgan": "taming_vqgan_imagenet_f16_1024",
+    "maskgit-vqgan": "maskgit_vqgan",
+    "mage-vqgan": "mage_vqgan",
+    "autoencoder-kl": "sd_vae_kl_f8_compvis",
+    "titok": "titok_l32",
+    "vitok": "vitok_sb_1x16",
+}
+
+
+def test_every_family_has_an_example():
+    assert EXAMPLES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", EXAMPLES)
+def test_a_family_is_known_by_its_names(family):
+    assert guess_family(manifest(EXAMPLES[family])["tensors"]) == family
+
+
+def test_layouts_of_one_family_are_known_too():
+    assert guess_family(manifest("diffusers_autoencoderkl_sd_vae_ft_ema")["tensors"]) == "autoencoder-kl"
+    assert guess_family(f"first_stage_model.{name}" for name in manifest("sd_vae_kl_f8_compvis")["tensors"]) == "autoencoder-kl"
+    assert guess_family(manifest("titok_bl128_vae_c16")["tensors"]) == "titok"
+    assert guess_family(manifest("taming_vqgan_imagenet_f16_16384")["tensors"]) == "taming-vqgan"
+
+
+def test_strange_names_are_no_family():
+    assert guess_family(["weight", "bias"]) is None and guess_family([]) is None
+
+
+def test_the_error_names_the_family_that_it_is():
+    with torch.device("meta"):
+        state = {name: torch.empty(shape) for name, shape in manifest("vitok_sb_1x16")["tensors"].items()}
+        with pytest.raises(UserError, match=r"file\.pt: looks like a checkpoint of vitok, not of maskgit-vqgan"):
+            load_official("maskgit-vqgan", state, {}, source="file.pt")
