@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from genvision.cli import main
 from genvision.config import MODELS, load_train_config, save_config, shipped_recipes
@@ -18,9 +20,22 @@ RECIPES = shipped_recipes()
 
 SMALL_MODELS: dict[str, dict[str, object]] = {
     "llamagen": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "num_kv_heads": "null", "mlp_multiple_of": 8, "num_classes": "null"},
-    "vq": {"base_channels": 2, "num_res_blocks": 1, "z_channels": 4, "norm_groups": 2, "codebook_size": 16},
+    "vq": {"base_channels": 2, "num_res_blocks": 1, "norm_groups": 2},
+    "vitok": {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("width", 8), ("depth", 1), ("heads", 2))},
+    "kl": {"block_out_channels": [4, 4, 4, 4], "layers_per_block": 1, "norm_num_groups": 2},
+    "titok": {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("dim", 8), ("depth", 1), ("heads", 2))},
 }
 """Arguments that make a model tiny, by `model.name`; everything else stays as the recipe has it."""
+SMALL_LOSS = {
+    "perceptual_model": "test_resnet",
+    "perceptual_image_size": 32,
+    "adversarial.width": 4,
+    "adversarial.num_layers": 1,
+    "adversarial.start": 0,
+    "adversarial.discriminator_start": 0,
+    "adversarial.ramp": 0,
+}
+"""The smallest discriminator, heard from the first step; and a tiny perceptual network for the recipes that have a large one."""
 SMALL_LOOP = {
     "num_steps": 1,
     "batch_size": 2,
@@ -42,6 +57,14 @@ def photos(tmp_path_factory) -> Path:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def perceptual_weights(tmp_path_factory) -> Path:
+    """Weights of a tiny network of timm."""
+    file = tmp_path_factory.mktemp("perceptual") / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), file)
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +101,41 @@ def test_a_recipe_is_the_same_after_it_was_saved(recipe, tmp_path):
     assert load_train_config(["--config", str(tmp_path / "config.yaml")])[0] == config
 
 
+def downsample(model: dict) -> int:
+    """Pixels of a side per code of a side."""
+    if model["name"] == "vq":
+        return model["patch_size"] * 2 ** (len(model["encoder_multipliers"]) - 1)
+    return 8 if model["name"] == "kl" else model["patch_size"]
+
+
+def small_codebook(model: dict) -> dict[str, object]:
+    """Few codes, where their number is free; as many channels around the quantiser as its recipe needs."""
+    if model["name"] == "titok":
+        return {"codebook_size": 16, "num_latent_tokens": 4}
+    if model["name"] != "vq":
+        return {}
+    sizes = {} if model["quantizer"] != "vq" else {"codebook_size": 16}
+    if model["quantizer"] == "lfq":
+        sizes = {"codebook_size": 16, "codebook_dim": 4}
+    return sizes | ({"z_channels": 4} if model["use_quant_conv"] else {"z_channels": 4, "codebook_dim": 4})
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_trains_a_step(recipe, photos, codes, tiny_tokenizer, tmp_path):
+def test_a_recipe_trains_a_step(recipe, photos, codes, tiny_tokenizer, perceptual_weights, tmp_path):
     config, _ = load_train_config(["--config", recipe])
     small = words("model", SMALL_MODELS[config.model["name"]]) + words("train", SMALL_LOOP)
     if config.stage == "tokenizer":
-        size = 2 * 2 ** (len(config.model["encoder_multipliers"]) - 1)
+        size = max(8, 2 * downsample(config.model))
         small += words("data", {"spec": f"folder:{photos}", "image_size": size, "num_workers": 0})
+        small += words("model", small_codebook(config.model))
+        small += words("loss", SMALL_LOSS)
+        if config.loss["perceptual"] != "none":
+            small += words("loss", {"perceptual": "timm", "perceptual_weights": perceptual_weights})
+        if config.init_from is not None:
+            small += ["--init_from", "null"]
+            started = tmp_path / "started"
+            main(["train", "--config", recipe, "--output_dir", str(started), *small])
+            small += ["--init_from", str(started / "model")]
     elif config.data.spec.startswith("encoded:"):
         small += [*words("data", {"spec": f"encoded:{codes}"}), "--tokenizer", str(tiny_tokenizer)]
     else:

@@ -13,7 +13,7 @@ from genvision.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 TINY = {
-    "vq/vq_cifar10.yaml": "--train.num_steps 2 --train.batch_size 4 --model.base_channels 8 --model.codebook_size 16 --data.num_workers 0",
+    "vq/vq_folder64.yaml": "--train.num_steps 2 --train.batch_size 4 --model.base_channels 8 --model.codebook_size 16 --data.num_workers 0",
     "llamagen/llamagen_cifar10.yaml": "--train.num_steps 2 --train.batch_size 4 --model.hidden_dim 32 --model.depth 1 --model.num_heads 2",
 }
 """What makes the recipes of the tour small enough for a test."""
