@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from genvision.processes import process_state
 
-Measure = Literal["LPIPS", "PSNR"]
+Measure = Literal["LPIPS", "distance", "PSNR"]
 
 CELL_SIDE, GAP, LINE, FONT = 96, 4, 16, 13
 ROW_NAMES = ("original", "reconstruction")
@@ -39,7 +39,7 @@ class PairKeeper:
 
     Args:
         num: of each kind.
-        measure: what decides; a high PSNR is good, a high LPIPS is bad. Of equal values the earlier image comes first.
+        measure: what decides; a high PSNR is good, a high LPIPS or other distance is bad. Of equal values the earlier image comes first.
     """
 
     def __init__(self, num: int, measure: Measure) -> None:
@@ -48,7 +48,7 @@ class PairKeeper:
 
     def update(self, indices: np.ndarray, values: np.ndarray, originals: np.ndarray, reconstructions: np.ndarray) -> None:
         """Consider pairs: indices int64 [B] into the set, values [B], images uint8 [B, H, W, 3]."""
-        losses = values if self.measure == "LPIPS" else -values
+        losses = -values if self.measure == "PSNR" else values
         for kind, ranks in (("first", np.zeros(len(values))), ("worst", -losses), ("best", losses)):
             # only the best few of a batch can stay, so that few images are copied
             chosen = np.lexsort((indices, ranks))[: self.num]
@@ -81,8 +81,8 @@ class PairKeeper:
         )
 
     def _caption(self, value: float) -> str:
-        if self.measure == "LPIPS":
-            return f"LPIPS {value:.3f}"
+        if self.measure != "PSNR":
+            return f"{self.measure} {value:.3f}"
         return "no error" if np.isinf(value) else f"{value:.2f} dB"
 
 

@@ -29,19 +29,22 @@ from genvision.eval.hygiene import hash_images
 from genvision.eval.job import software_versions
 from genvision.eval.measurement import Measurement
 from genvision.eval.moments import frechet_distance, merged
-from genvision.eval.pairs import PairKeeper, Pairs, pair_sheet
+from genvision.eval.pairs import Measure, PairKeeper, Pairs, pair_sheet
 from genvision.eval.pixels import PSNR_RANGE, psnr, ssims
 from genvision.images import Rounding, from_uint8, to_uint8
 from genvision.processes import process_state
 from genvision.progress import Progress
 from genvision.tokenizers.codebook import CodebookUsage
 from genvision.tokenizers.lpips import LPIPS
+from genvision.tokenizers.perceptual import TimmPerceptual
 
 Interval = tuple[float, float]
 SCHEMA = "genvision.reconstruction/1"
 SSIM_RANGES = {"ssim": 1.0, "ssim_range2": 2.0}
 LPIPS_IMAGES = 8
 """Pairs that go through VGG16 at once; 256 pixels of a pair take 130 MB there."""
+RANKINGS: dict[str, Measure] = {"lpips": "LPIPS", "perceptual": "distance", "psnr": "PSNR"}
+"""What worst and best pairs are found by, to its name in pictures."""
 PUBLISHED_IMAGES = 50_000
 """The validation images of ImageNet, of which published rFIDs are."""
 INTERVAL_METHOD = "95 %, Student's t: rFID by a delete-a-block jackknife over pairs, the rest by the standard error of the mean over images"
@@ -70,6 +73,7 @@ class ReconstructionResult:
     ssim: float
     ssim_range2: float
     lpips: float | None = None
+    perceptual: float | None = None
     codebook_usage: float | None = None
     codebook_perplexity: float | None = None
     codebook_entropy: float | None = None
@@ -79,6 +83,7 @@ class ReconstructionResult:
     ssim_interval: Interval | None = None
     ssim_range2_interval: Interval | None = None
     lpips_interval: Interval | None = None
+    perceptual_interval: Interval | None = None
     interval_method: str = INTERVAL_METHOD
 
     codebook_size: int | None = None
@@ -101,6 +106,8 @@ class ReconstructionResult:
     resize: str | None = None
     lpips_network: str | None = None
     lpips_hash: str | None = None
+    perceptual_network: str | None = None
+    perceptual_hash: str | None = None
     psnr_data_range: float = PSNR_RANGE
     ssim_data_range: float = SSIM_RANGES["ssim"]
     feature_dtype: str = "float32"
@@ -138,6 +145,7 @@ def reconstruct(
     image_size: int,
     extractor: Extractor | None = None,
     lpips: LPIPS | None = None,
+    perceptual: TimmPerceptual | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
     device: str = "cpu",
@@ -155,8 +163,9 @@ def reconstruct(
         image_size: both sides of ADM's centre crop.
         extractor: for rFID; None leaves rFID out.
         lpips: on `device` already; None leaves LPIPS out.
+        perceptual: the same of the distance on the features of a timm model.
         num_images: measure the first so many only; None measures all.
-        num_pairs: so many first, worst and best pairs come back; worst and best by LPIPS if it is measured, else by PSNR.
+        num_pairs: so many first, worst and best pairs come back; worst and best by LPIPS, or the other distance, or PSNR.
 
     Returns:
         The same on every process, and but for the last bits of sums whatever their number.
@@ -173,7 +182,7 @@ def reconstruct(
     began = time.monotonic()
     indices = np.arange(num)
     share = indices[indices // batch_size % state.num_processes == state.process_index]
-    seen = _Seen(tokenizer.spec.codebook_size, extractor, lpips, device, num_pairs)
+    seen = _Seen(tokenizer.spec.codebook_size, extractor, {"lpips": lpips, "perceptual": perceptual}, device, num_pairs)
     progress = Progress(len(share), "reconstruct", show=show_progress and state.is_main_process)
     with torch.no_grad(), _eval_mode(tokenizer):
         for batch in ordered_batches(source, image_size, batch_size=batch_size, num_workers=num_workers, indices=share):
@@ -205,6 +214,8 @@ def reconstruct(
         resize=extractor.resize if extractor else None,
         lpips_network=f"VGG16, {'linear layers of version 0.1' if lpips.is_published else 'unknown linear layers'}" if lpips else None,
         lpips_hash=tensors_hash(lpips.state_dict()) if lpips else None,
+        perceptual_network=perceptual.description if perceptual else None,
+        perceptual_hash=tensors_hash(perceptual.state_dict()) if perceptual else None,
         num_processes=state.num_processes,
         batch_size=batch_size,
         device=device,
@@ -220,15 +231,24 @@ def reconstruct(
 class _Seen:
     """What this process has seen so far, and how all processes put it together."""
 
-    def __init__(self, codebook_size: int | None, extractor: Extractor | None, lpips: LPIPS | None, device: str, num_pairs: int) -> None:
-        self.extractor, self.lpips, self.device = extractor, lpips, device
+    def __init__(
+        self,
+        codebook_size: int | None,
+        extractor: Extractor | None,
+        distances: dict[str, LPIPS | TimmPerceptual | None],
+        device: str,
+        num_pairs: int,
+    ) -> None:
+        self.extractor, self.device = extractor, device
+        self.distances = {name: network for name, network in distances.items() if network is not None}
         self.usage = CodebookUsage(codebook_size) if codebook_size is not None else None
         self.sides = [Measurement({"pool": extractor.feature_dim}, frozenset()) for _ in range(2)] if extractor else []
         """Of originals and of reconstructions."""
         self.indices: list[np.ndarray] = []
-        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in ("psnr", *SSIM_RANGES, *(["lpips"] if lpips else []))}
+        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in ("psnr", *SSIM_RANGES, *self.distances)}
         """float64 arrays [B] of every batch: one number a pair."""
-        self.pairs = PairKeeper(num_pairs, "LPIPS" if lpips else "PSNR")
+        self.ranked_by = next(iter(self.distances), "psnr")
+        self.pairs = PairKeeper(num_pairs, RANKINGS[self.ranked_by])
 
     def add(self, indices: np.ndarray, codes: Tensor, originals: np.ndarray, images: np.ndarray) -> None:
         """indices int64 [B] into the set, codes of any shape, both kinds of images uint8 [B, S, S, 3]."""
@@ -240,12 +260,11 @@ class _Seen:
                 features = self.extractor(side, want_logits=False, want_spatial=False).features
                 measurement.add(indices, {"pool": features.numpy()}, blocks)
         found = {"psnr": psnr(originals, images), **dict(zip(SSIM_RANGES, ssims(originals, images, [*SSIM_RANGES.values()]), strict=True))}
-        if self.lpips:
-            found["lpips"] = _lpips_of(self.lpips, originals, images, self.device)
+        found |= {name: _distances(network, originals, images, self.device) for name, network in self.distances.items()}
         for name, values in found.items():
             self.rows[name].append(values)
         self.indices.append(indices)
-        self.pairs.update(indices, found.get("lpips", found["psnr"]), originals, images)
+        self.pairs.update(indices, found[self.ranked_by], originals, images)
 
     def finish(self, num: int) -> tuple[dict[str, Any], list[Pairs], np.ndarray | None]:
         """Fields of the result, pairs and counts of codes of all processes together, on every process."""
@@ -275,7 +294,7 @@ def _to_pixels(decoded: Tensor, image_size: int, rounding: Rounding) -> np.ndarr
     return images
 
 
-def _lpips_of(network: LPIPS, originals: np.ndarray, images: np.ndarray, device: str) -> np.ndarray:
+def _distances(network: LPIPS | TimmPerceptual, originals: np.ndarray, images: np.ndarray, device: str) -> np.ndarray:
     """float64 [B], a few pairs at a time."""
     parts = []
     for start in range(0, len(images), LPIPS_IMAGES):

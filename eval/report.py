@@ -52,6 +52,7 @@ SCORES = (
     Score("ssim", "SSIM", "{:.4f}", "{:.3f}", "higher"),
     Score("ssim_range2", "SSIM (range 2)", "{:.4f}", "{:.3f}", "higher"),
     Score("lpips", "LPIPS", "{:.4f}", "{:.3f}", "lower"),
+    Score("perceptual", "perceptual distance", "{:.4f}", "{:.3f}", "lower"),
     Score("codebook_usage", "codebook usage", "{:.2%}", "{:.1%}", "higher"),
     Score("codebook_perplexity", "codebook perplexity", "{:.1f}", "{:.0f}", "higher"),
     Score("codebook_entropy", "codebook entropy (bits)", "{:.3f}", "{:.2f}", "higher"),

@@ -175,6 +175,9 @@ def reconstruct(
     lpips: bool = False,
     lpips_weights: Path | None = None,
     vgg_weights: Path | None = None,
+    perceptual: str | None = None,
+    perceptual_weights: Path | None = None,
+    perceptual_size: int | None = None,
     download: bool = False,
     num: int | None = None,
     batch_size: int = 32,
@@ -193,7 +196,10 @@ def reconstruct(
         lpips: measure LPIPS, too; a file of its weights says so as well.
         lpips_weights: local file of the linear layers of LPIPS 0.1, or of all its weights.
         vgg_weights: local file of torchvision's VGG16, where the other does not hold it.
-        download: fetch the weights of Inception, and of LPIPS where it is asked for, if they are not there.
+        perceptual: measure the distance on the features of this timm model, too, where LPIPS cannot be had.
+        perceptual_weights: local file of its weights.
+        perceptual_size: side that images are resized to for it.
+        download: fetch the weights of Inception, and of LPIPS or the timm model where they are asked for, if they are not there.
         num: measure the first so many images only.
         batch_size: images at a time.
         workers: processes that decode images.
@@ -214,6 +220,9 @@ def reconstruct(
         lpips=lpips,
         lpips_weights=lpips_weights,
         vgg_weights=vgg_weights,
+        perceptual=perceptual,
+        perceptual_weights=perceptual_weights,
+        perceptual_size=perceptual_size,
         num=num,
         batch_size=batch_size,
         num_workers=workers,

@@ -82,6 +82,12 @@ class TimmPerceptual(nn.Module):
         pairs = zip(self.features(a), self.features(b), strict=True)
         return torch.stack([(unit(p.float()) - unit(q.float())).square().sum(dim=1).mean(dim=(1, 2)) for p, q in pairs]).sum(dim=0)
 
+    @property
+    def description(self) -> str:
+        """The network in words: what its distances depend on beside its weights."""
+        size = "as they are" if self.image_size is None else f"resized to {self.image_size}"
+        return f"timm {self.name}, stages {', '.join(map(str, self.stages))}, images {size}"
+
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps [B, C, h, w] of images [B, 3, H, W] in [-1, 1], one for each stage."""
         images = ((images + 1) / 2 - self.mean) / self.std

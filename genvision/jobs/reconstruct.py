@@ -17,6 +17,7 @@ from genvision.jobs.output import check_output
 from genvision.processes import process_state
 from genvision.tokenizers.base import content_hash, load_tokenizer
 from genvision.tokenizers.lpips import LPIPSOptions, load_lpips
+from genvision.tokenizers.perceptual import TimmPerceptual
 
 
 def reconstruct_data(
@@ -30,6 +31,9 @@ def reconstruct_data(
     lpips: bool = False,
     lpips_weights: Path | None = None,
     vgg_weights: Path | None = None,
+    perceptual: str | None = None,
+    perceptual_weights: Path | None = None,
+    perceptual_size: int | None = None,
     num: int | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -39,6 +43,8 @@ def reconstruct_data(
     Args:
         options: its device and leave to download also hold for LPIPS.
         lpips: measure LPIPS, too; a weights file says so as well.
+        perceptual: measure the distance on the features of this timm model, too; `perceptual_weights` is a file of its weights, and images
+            are resized to `perceptual_size` for it.
 
     Returns:
         The result, on every process; the main one writes.
@@ -61,12 +67,18 @@ def reconstruct_data(
         if lpips or lpips_weights is not None or vgg_weights is not None:
             files = LPIPSOptions(lpips_weights=lpips_weights, vgg_weights=vgg_weights, download=options.download, device=device)
             metric = load_lpips(files)
+        distance = None
+        if perceptual is not None:
+            distance = TimmPerceptual(perceptual, weights=perceptual_weights, pretrained=options.download, image_size=perceptual_size).to(
+                device
+            )
     outcome = reconstruct(
         network,
         open_source(data),
         image_size=size,
         extractor=features,
         lpips=metric,
+        perceptual=distance,
         batch_size=batch_size,
         num_workers=num_workers,
         device=device,

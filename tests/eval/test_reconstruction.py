@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genvision.data.sources import open_source
@@ -24,6 +26,7 @@ from genvision.images import from_uint8, to_uint8
 from genvision.jobs.reconstruct import reconstruct_data
 from genvision.tokenizers.base import load_tokenizer
 from genvision.tokenizers.lpips import LPIPS, TAPS
+from genvision.tokenizers.perceptual import TimmPerceptual
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -323,3 +326,17 @@ class TestJob:
             job(lpips_weights=tmp_path / "nothing.pth")
         assert not out.exists()
         assert job().lpips is None
+
+
+def test_the_distance_on_a_timm_models_features_is_measured_and_named(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), file)
+    network = TimmPerceptual("test_resnet", weights=file, image_size=32)
+    lossless = reconstruct(Continuous(), open_source("digits"), image_size=8, perceptual=network, num_images=6)
+    assert lossless.result.perceptual == pytest.approx(0.0, abs=1e-6)
+    blurred = reconstruct(GrayLevels(3), open_source("digits"), image_size=8, perceptual=network, num_images=6)
+    assert blurred.result.perceptual > 0.01 and len(blurred.result.perceptual_interval) == 2
+    assert blurred.result.perceptual_network == "timm test_resnet, stages 0, 1, 2, 3, 4, images resized to 32"
+    assert blurred.result.perceptual_hash == lossless.result.perceptual_hash
+    assert blurred.pairs[1].title == "The worst of 6 images by distance"
+    assert blurred.result.lpips is None

@@ -127,7 +127,7 @@ def test_accumulated_parts_train_both_networks_as_the_whole_batch_does(tmp_path)
     run(tmp_path / "b", parts, num_steps=4, accumulation=2)
     for network in (lambda s: s.model, lambda s: s.adversary.network):
         ours, theirs = weights(network(whole)), weights(network(parts))
-        assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in ours)
+        assert all((ours[name] - theirs[name]).abs().max() < 1e-5 for name in ours if not name.endswith(".k.bias"))
 
 
 def test_only_the_parts_that_are_named_are_trained(tmp_path):

@@ -169,5 +169,6 @@ def test_two_processes_train_the_same_model_as_one(adversarial, tmp_path):
         one = load_file(tmp_path / f"one/checkpoints/step_00000006/{network}.safetensors")
         two = load_file(tmp_path / f"two/checkpoints/step_00000006/{network}.safetensors")
         for name in one:
-            assert (one[name] - two[name]).abs().max() < 1e-4, name
+            # attention does not depend on the bias of its keys, so that gradient is rounding alone, which Adam makes full steps of
+            assert name.endswith(".k.bias") or (one[name] - two[name]).abs().max() < 1e-4, name
     assert (tmp_path / "two/checkpoints/step_00000006/rng_1.pt").is_file()
