@@ -150,7 +150,7 @@ def probe(
     layers = _layers(generator, config)
     translation, matching = match_classes(train.label_names, test.label_names, "the training set", "the test set")
     warnings = [matching] if matching else []
-    size = generator.grid_size * tokenizer.spec.downsample
+    size = generator.image_size(tokenizer.spec.downsample, tokenizer.spec.image_size)
     reading = Reading(
         generator=generator.to(device),
         tokenizer=tokenizer.to(device),

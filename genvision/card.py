@@ -19,7 +19,7 @@ def write_card(path: Path, generator: Any, tokenizer: Any, sampler: Any, label_n
     options = {name: value for name, value in dict(sampler.config).items() if not name.startswith("_")}
     hashes = {"generator_hash": content_hash(generator), "tokenizer_hash": content_hash(tokenizer)}
     facts = {"genvision": __version__, **provenance, **hashes}
-    size = generator.grid_size * spec.downsample
+    size = generator.image_size(spec.downsample, spec.image_size)
     rows = "\n".join(f"| {name.replace('_', ' ')} | `{_short(value)}` |" for name, value in facts.items())
     classes = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
     path.write_text(f"""---

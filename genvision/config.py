@@ -177,7 +177,7 @@ def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
             parser.add_argument(f"--{field.name}", type=kind, help=helps[field.name], **options)
     parser.add_argument("--model.name", type=Literal[tuple(MODELS)], required=True, help="which model")
     # the rest follows from the data (tokenizer stage) or from the tokenizer (generator stage)
-    skip = {"image_size"} if stage == "tokenizer" else {"codebook_size", "grid_size", "num_classes"}
+    skip = {"image_size"} if stage == "tokenizer" else {"codebook_size", "grid_size", "sequence_length", "num_classes"}
     parser.add_class_arguments(getattr(import_module(module), class_name), "model", skip=skip)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(OptimConfig, "optim")

@@ -30,7 +30,7 @@ OutputType = Literal["pil", "np", "pt"]
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """`images`: PIL images, uint8 [B, H, W, 3] or float [B, 3, H, W], as asked. `codes`: int64 [B, h, w]."""
+    """`images`: PIL images, uint8 [B, H, W, 3] or float [B, 3, H, W], as asked. `codes`: int64 [B, h, w] or [B, L]."""
 
     images: Any
     codes: Tensor
@@ -54,6 +54,12 @@ class ImagePipeline:
         wanted, made = generator.config.codebook_size, tokenizer.spec.codebook_size
         if wanted != made:
             raise UserError(f"the generator predicts {wanted} codes, the tokenizer has {made}; use the tokenizer that it was trained with")
+        places = tuple(tokenizer.spec.code_shape(self.image_size))
+        if tuple(generator.code_shape) != places:
+            raise UserError(
+                f"the generator makes codes of shape {list(generator.code_shape)}, the tokenizer reads {list(places)}; "
+                "use the tokenizer that it was trained with"
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, torch_dtype: torch.dtype | None = None) -> "ImagePipeline":
@@ -99,7 +105,8 @@ class ImagePipeline:
     @property
     def image_size(self) -> int:
         """Side of the images that are drawn; the tokenizer may have been trained on another one."""
-        size: int = self.generator.grid_size * self.tokenizer.spec.downsample
+        spec = self.tokenizer.spec
+        size: int = self.generator.image_size(spec.downsample, spec.image_size)
         return size
 
     def label_ids(self, names: Sequence[str | int]) -> list[int]:

@@ -77,7 +77,7 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
             prefix: known first tokens in raster order, int64 [B, n] with n < N: they are kept and the rest is drawn.
 
         Returns:
-            int64 [B, grid, grid].
+            int64 [B, h, w], or [B, L] where codes are no grid.
         """
         if condition.dtype == torch.int64:
             check_labels(condition, generator.num_classes)
@@ -92,7 +92,7 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         for i in range(num_known, num_tokens):
             logits = rows.next_logits()  # [B, V]
             rows.take(self._choose(logits, uniform[:, i]))
-        return torch.stack(rows.tokens, dim=1).view(len(noise), generator.grid_size, generator.grid_size)
+        return torch.stack(rows.tokens, dim=1).view(len(noise), *generator.code_shape)
 
     def _choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         if self.config.temperature == 0:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from genvision.data.encoded import EncodedDataset
 from genvision.errors import UserError
 from genvision.images import Rounding, to_uint8
+from genvision.jobs.image_writers import FolderWriter, open_writer
 from genvision.jobs.output import check_one_process
-from genvision.jobs.sample import FolderWriter, _open_writer
 from genvision.processes import choose_device
 from genvision.progress import Progress
 from genvision.tokenizers.base import content_hash, load_tokenizer
@@ -57,9 +56,9 @@ def decode_encoded(
         raise UserError(f"num {num}: {data.path} holds {len(data)} images; choose 1 .. {len(data)}")
     wanted = _Stored(data.labels, classes_in_turn(data.labels, num))
     job = {"encoded": data.fingerprint(), "tokenizer_hash": tokenizer_hash, "num": num, "view": view, "rounding": rounding}
-    writer = _open_writer(out, job, data.label_names, cast(Any, wanted))
+    writer = open_writer(out, job, data.label_names, wanted)
     if isinstance(writer, FolderWriter):
-        writer = _ByPlace(out, job, cast(Any, wanted), data.label_names)
+        writer = _ByPlace(out, job, wanted, data.label_names)
     writer.prepare()
     chunks = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
     todo = [chunk for chunk in chunks if not writer.has(chunk)]
@@ -101,8 +100,10 @@ class _Stored:
 class _ByPlace(FolderWriter):
     """Files named by the place of an image in the set, not by its number in the job."""
 
+    request: _Stored
+
     def _path(self, index: int) -> Path:
-        return self.out / f"{cast(Any, self.request).places[index]:06d}.png"
+        return self.out / f"{self.request.places[index]:06d}.png"
 
 
 def _grid_size(labels: np.ndarray) -> int:

@@ -24,7 +24,8 @@ from genvision.eval.page import page_indices, write_page
 from genvision.eval.report import write_json
 from genvision.eval.result import EvaluationResult
 from genvision.eval.scores import SetFacts
-from genvision.jobs.sample import FolderWriter, SampleRequest, describe, open_job
+from genvision.jobs.image_writers import FolderWriter
+from genvision.jobs.sample import SampleRequest, describe, open_job
 from genvision.pipeline import ImagePipeline
 from genvision.processes import process_state
 from genvision.progress import Progress

@@ -234,10 +234,13 @@ class _GeneratorJob:
             size = data.image_size or self.tokenizer.spec.image_size
             self.tokenizer.check_image_size(size)
             self.dataset = _image_dataset(config, size)
-            code_shape = (size // self.tokenizer.spec.downsample,) * 2
+            code_shape = self.tokenizer.spec.code_shape(size)
             self.num_workers = data.num_workers
-        if len(code_shape) != 2 or code_shape[0] != code_shape[1]:
-            raise UserError(f"{data.spec}: codes of shape {code_shape} are no square grid, which llamagen needs")
+        if not self.tokenizer.spec.discrete:
+            raise UserError(f"{config.tokenizer}: makes continuous latents, but llamagen needs a tokenizer with a codebook")
+        if len(code_shape) == 2 and code_shape[0] != code_shape[1]:
+            raise UserError(f"{data.spec}: codes of shape {code_shape} are neither a square grid nor a sequence, which llamagen needs")
+        places = {"grid_size": code_shape[0]} if len(code_shape) == 2 else {"sequence_length": code_shape[0]}
         options = {name: value for name, value in config.model.items() if name != "name"}
         if options.get("condition", "class") != "class":
             raise UserError(f"model.condition {options['condition']}: the data has labels only; set it to class")
@@ -249,7 +252,7 @@ class _GeneratorJob:
         self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
         codebook_size = self.tokenizer.spec.codebook_size
         with rng.seeded(config.seed):
-            self.model = LlamaGen(codebook_size=codebook_size, grid_size=code_shape[0], num_classes=num_classes, **options)
+            self.model = LlamaGen(codebook_size=codebook_size, num_classes=num_classes, **places, **options)
         self.sampler = AutoregressiveSampler(**config.sampler)
         if self.sampler.guidance.scale != 1 and not self.model.has_null_label:
             raise UserError("sampler.guidance_scale needs a null class, but model.class_dropout is 0; raise it, or set guidance_scale to 1")

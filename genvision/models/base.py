@@ -12,6 +12,8 @@ class Generator:
     """Mixed into a ModelMixin. Codes and labels come in; what comes out belongs to the family's objective and sampler."""
 
     num_classes: int
+    code_shape: tuple[int, ...]
+    """Shape of the codes of one image: (h, w), or (L,) where they are no grid."""
     has_null_label: bool
     prefix_length: int = 0
     """Positions of the condition, which stand before those of the image in `hidden_states`."""
@@ -34,6 +36,10 @@ class Generator:
             UserError: the model was trained without a null condition.
         """
         raise NotImplementedError(f"{type(self).__name__} does not show its hidden states")
+
+    def image_size(self, downsample: int, trained_size: int) -> int:
+        """Side of the images that are drawn, in pixels, from the tokenizer's downsampling and the size that it was trained on."""
+        return self.code_shape[-1] * downsample if len(self.code_shape) > 1 else trained_size
 
     @property
     def null_label(self) -> int:

@@ -1,9 +1,11 @@
-"""Autoregressive transformer over image tokens (LlamaGen, arXiv:2406.06525 section 3.2): Llama's blocks, 2-D rotary positions.
+"""Autoregressive transformer over image tokens (LlamaGen, arXiv:2406.06525 section 3.2): Llama's blocks, rotary positions.
 
-Shapes: B images, N = grid^2 tokens in raster order, P prefix positions (1 for a class, the text length for text), C width,
+Shapes: B images, N tokens (a grid in raster order, or a sequence that is no grid, as TiTok makes), P prefix positions (1 for a class, the text
+length for text), C width,
 V codebook entries.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +19,7 @@ from genvision.layers.attention import Attention, KVCache
 from genvision.layers.embed import LabelEmbedding, TextEmbedding
 from genvision.layers.mlp import SwiGLU, swiglu_hidden_dim
 from genvision.layers.norm import RMSNorm
-from genvision.layers.rotary import rotary_table_2d
+from genvision.layers.rotary import rotary_table, rotary_table_2d
 from genvision.models.base import Generator
 
 
@@ -26,7 +28,8 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
 
     Args:
         codebook_size: V.
-        grid_size: tokens of a side; N is its square.
+        grid_size: tokens of a side; N is its square, positions are two-dimensional.
+        sequence_length: N of a sequence that is no grid; positions are one-dimensional then, and grid_size has no meaning.
         hidden_dim: C.
         depth: number of blocks.
         num_heads: query heads.
@@ -76,6 +79,7 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         mlp_dropout: float = 0.1,
         drop_path: float = 0.0,
         init_std: float = 0.02,
+        sequence_length: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {"codebook_size": codebook_size, "grid_size": grid_size, "hidden_dim": hidden_dim, "depth": depth, "num_heads": num_heads}
@@ -95,7 +99,11 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         if condition not in ("class", "text"):
             raise UserError(f"condition '{condition}' is unknown; choose class or text")
         self.num_classes, self.has_null_label = num_classes, class_dropout > 0
-        self.grid_size, self.num_tokens = grid_size, grid_size**2
+        if sequence_length is not None and sequence_length < 1:
+            raise UserError(f"sequence_length must be at least 1, got {sequence_length}")
+        self.grid_size = grid_size if sequence_length is None else None
+        self.code_shape = (grid_size, grid_size) if sequence_length is None else (sequence_length,)
+        self.num_tokens = math.prod(self.code_shape)
         self.num_kv_heads, self.head_dim = num_kv_heads, hidden_dim // num_heads
         self.prefix_length = 1 if condition == "class" else text_length
 
@@ -122,7 +130,11 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         self.norm = RMSNorm(hidden_dim, norm_eps)
         self.head = nn.Linear(hidden_dim, codebook_size, bias=False)
         # not a buffer: it stays float32 whatever the weights are cast to, and is no part of a checkpoint
-        self.rotary = rotary_table_2d(grid_size, self.head_dim, base=rope_base, prefix_length=self.prefix_length)
+        if sequence_length is None:
+            self.rotary = rotary_table_2d(grid_size, self.head_dim, base=rope_base, prefix_length=self.prefix_length)
+        else:
+            positions = torch.arange(self.prefix_length + sequence_length).float().unsqueeze(1)
+            self.rotary = rotary_table(positions, self.head_dim, base=rope_base)
 
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
