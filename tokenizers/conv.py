@@ -94,7 +94,7 @@ class Encoder(_Stack):
         self.conv_out = nn.Conv2d(widths[-1], z_channels, kernel, padding=kernel // 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(_fast_layout(F.pixel_unshuffle(images, self.patch)))
+        x = self.conv_in(inference_layout(F.pixel_unshuffle(images, self.patch)))
         x = self.run(self.mid, self.run(self.conv_blocks, x))
         return self.conv_out(_norm_silu(self.norm_out, x))
 
@@ -130,7 +130,7 @@ class Decoder(_Stack):
         self.conv_out = nn.Conv2d(widths[-1], 3 * patch**2, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.run(self.conv_blocks, self.run(self.mid, self.conv_in(_fast_layout(features))))
+        x = self.run(self.conv_blocks, self.run(self.mid, self.conv_in(inference_layout(features))))
         return F.pixel_shuffle(self.conv_out(_norm_silu(self.norm_out, x)), self.patch).contiguous()
 
 
@@ -245,7 +245,7 @@ def _doubling_kernel(weight: Tensor) -> Tensor:
     return kernel.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
 
 
-def _fast_layout(x: Tensor) -> Tensor:
+def inference_layout(x: Tensor) -> Tensor:
     """Channels last on a CPU without gradients: 1.08 times as fast; training in this layout takes up to 3.5 times as long."""
     fast = x.device.type == "cpu" and not torch.is_grad_enabled()
     return x.contiguous(memory_format=torch.channels_last) if fast else x

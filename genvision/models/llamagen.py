@@ -1,8 +1,7 @@
 """Autoregressive transformer over image tokens (LlamaGen, arXiv:2406.06525 section 3.2): Llama's blocks, rotary positions.
 
-Shapes: B images, N tokens (a grid in raster order, or a sequence that is no grid, as TiTok makes), P prefix positions (1 for a class, the text
-length for text), C width,
-V codebook entries.
+Shapes: B images, N tokens (a grid in raster order, or a sequence that is no grid, as TiTok makes), P prefix positions (1 for a class, the
+text length for text), C width, V codebook entries.
 """
 
 import math
