@@ -20,6 +20,11 @@ def write_card(path: Path, generator: Any, tokenizer: Any, sampler: Any, label_n
     hashes = {"generator_hash": content_hash(generator), "tokenizer_hash": content_hash(tokenizer)}
     facts = {"genvision": __version__, **provenance, **hashes}
     size = generator.image_size(spec.downsample, spec.image_size)
+    places = (
+        f"one for {spec.downsample} x {spec.downsample} pixels"
+        if spec.num_tokens is None
+        else f"a sequence of {spec.num_tokens} for an image"
+    )
     rows = "\n".join(f"| {name.replace('_', ' ')} | `{_short(value)}` |" for name, value in facts.items())
     classes = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
     path.write_text(f"""---
@@ -33,7 +38,7 @@ tags:
 # {type(generator).__name__}, {generator.num_parameters_million:.1f}M parameters, {size} x {size} pixels
 
 A class-conditional image generator for {len(label_names)} classes ({classes}).
-Tokenizer: {type(tokenizer).__name__}, {spec.codebook_size} codes, one for {spec.downsample} x {spec.downsample} pixels.
+Tokenizer: {type(tokenizer).__name__}, {spec.codebook_size} codes, {places}.
 
 ```python
 from genvision.pipeline import ImagePipeline

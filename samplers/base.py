@@ -30,7 +30,7 @@ class Sampler(ABC, ConfigMixin):
         condition_mask: Tensor | None = None,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        """Draw codes [B, h, w] for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only."""
+        """Draw codes [B, h, w] or [B, L] for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only."""
 
     @abstractmethod
     def network_calls(self, generator: Any) -> int:

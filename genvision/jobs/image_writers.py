@@ -29,6 +29,14 @@ class Request(Protocol):
 
 
 def open_writer(out: Path, job: dict[str, Any], label_names: list[str], request: Request) -> "FolderWriter | FileWriter":
+    """The writer that the name of `out` asks for: a folder, `*.npz` or `*.png` (a grid).
+
+    Args:
+        job: what identifies the job; another job's results in the same place are refused.
+
+    Raises:
+        UserError: it is another format.
+    """
     if out.suffix in (".npz", ".png"):
         return FileWriter(out, job, request, label_names)
     if out.suffix[1:].isalpha() and not out.is_dir():  # but `samples_cfg1.5` is a folder

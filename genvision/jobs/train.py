@@ -238,7 +238,7 @@ class _GeneratorJob:
             self.num_workers = data.num_workers
         if not self.tokenizer.spec.discrete:
             raise UserError(f"{config.tokenizer}: makes continuous latents, but llamagen needs a tokenizer with a codebook")
-        if len(code_shape) == 2 and code_shape[0] != code_shape[1]:
+        if len(code_shape) > 2 or (len(code_shape) == 2 and code_shape[0] != code_shape[1]):
             raise UserError(f"{data.spec}: codes of shape {code_shape} are neither a square grid nor a sequence, which llamagen needs")
         places = {"grid_size": code_shape[0]} if len(code_shape) == 2 else {"sequence_length": code_shape[0]}
         options = {name: value for name, value in config.model.items() if name != "name"}

@@ -131,7 +131,7 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         # not a buffer: it stays float32 whatever the weights are cast to, and is no part of a checkpoint
         if sequence_length is None:
             self.rotary = rotary_table_2d(grid_size, self.head_dim, base=rope_base, prefix_length=self.prefix_length)
-        else:
+        else:  # the condition has plain positions, too: no checkpoint asks for the zeros that it has before a grid
             positions = torch.arange(self.prefix_length + sequence_length).float().unsqueeze(1)
             self.rotary = rotary_table(positions, self.head_dim, base=rope_base)
 

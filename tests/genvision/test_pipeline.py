@@ -17,6 +17,7 @@ from genvision.models.llamagen import LlamaGen
 from genvision.pipeline import ImagePipeline, read_index, save_parts
 from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.tokenizers.base import content_hash
+from genvision.tokenizers.titok import TiTok
 from genvision.tokenizers.vq import VQTokenizer
 
 LABELS = ["cat", "dog", "2", "1"]
@@ -32,6 +33,12 @@ def tiny_generator(codebook_size: int = 16, **changes) -> LlamaGen:
     generator = LlamaGen(codebook_size=codebook_size, **(options | changes))
     torch.nn.init.normal_(generator.head.weight)  # so that not all tokens are equally likely
     return generator
+
+
+def sequence_tokenizer() -> TiTok:
+    """Images of 8 x 8 pixels as five tokens."""
+    sizes = {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("dim", 16), ("depth", 1), ("heads", 2))}
+    return TiTok(image_size=8, patch_size=2, num_latent_tokens=5, token_dim=4, codebook_size=16, **sizes)
 
 
 @pytest.fixture
@@ -166,6 +173,25 @@ class TestFolder:
         pipeline = ImagePipeline(tiny_generator(grid_size=6), tiny_tokenizer(), AutoregressiveSampler(), LABELS)
         assert pipeline.image_size == 12
         assert pipeline([0], output_type="np").images.shape == (1, 12, 12, 3)
+
+    def test_codes_may_be_a_sequence(self, tmp_path):
+        pipeline = ImagePipeline(tiny_generator(sequence_length=5), sequence_tokenizer(), AutoregressiveSampler(), LABELS)
+        assert pipeline.image_size == 8
+        pipeline.save_pretrained(tmp_path / "model")
+        loaded = ImagePipeline.from_pretrained(tmp_path / "model")
+        output, again = pipeline([0, 1], output_type="np"), loaded([0, 1], output_type="np")
+        assert output.codes.shape == (2, 5) and output.images.shape == (2, 8, 8, 3)
+        assert torch.equal(again.codes, output.codes) and (again.images == output.images).all()
+        assert "TiTok, 16 codes, a sequence of 5 for an image." in (tmp_path / "model" / "README.md").read_text()
+
+    def test_codes_of_another_shape_are_refused(self):
+        for places, tokenizer, message in (
+            ({"grid_size": 4}, sequence_tokenizer(), r"shape \[4, 4\], the tokenizer reads \[5\]; use the tokenizer that it was trained"),
+            ({"sequence_length": 6}, sequence_tokenizer(), r"shape \[6\], the tokenizer reads \[5\]"),
+            ({"sequence_length": 16}, tiny_tokenizer(), r"shape \[16\], the tokenizer reads \[4, 4\]"),
+        ):
+            with pytest.raises(UserError, match=message):
+                ImagePipeline(tiny_generator(**places), tokenizer, AutoregressiveSampler(), LABELS)
 
     def test_a_tokenizer_of_another_codebook_is_refused(self, folder):
         with pytest.raises(UserError, match="the generator predicts 16 codes, the tokenizer has 32"):

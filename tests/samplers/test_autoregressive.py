@@ -91,6 +91,17 @@ def test_same_images_whatever_the_batch_size(model):
     assert not torch.equal(other, images(16))
 
 
+def test_codes_that_are_no_grid_come_as_sequences():
+    model = LlamaGen(codebook_size=24, sequence_length=7, hidden_dim=32, depth=2, num_heads=4, num_classes=6, mlp_multiple_of=16).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    labels, sampler = torch.arange(6), AutoregressiveSampler(guidance_scale=2.0, guidance_stop=0.5)
+    together = sampler.sample(model, labels, ImageStreams(7, range(6)))
+    assert together.shape == (6, 7) and sampler.network_calls(model) == 7 + 4
+    alone = [sampler.sample(model, labels[i : i + 1], ImageStreams(7, [i])) for i in range(6)]
+    assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(sampler.sample(model, labels, ImageStreams(7, range(6)), prefix=together[:, :3]), together)
+
+
 def test_outside_the_interval_the_null_rows_are_not_computed(model):
     recorder = Recorder(model)
     AutoregressiveSampler(guidance_scale=3.0, guidance_start=3 / 9, guidance_stop=6 / 9).sample(

@@ -10,6 +10,7 @@ from genvision.cli import main
 from genvision.errors import UserError
 from genvision.models.llamagen import LlamaGen
 from genvision.pipeline import ImagePipeline
+from genvision.tokenizers.titok import TiTok
 
 TITOK = {
     "stage": "tokenizer",
@@ -22,7 +23,8 @@ TITOK = {
         "token_dim": 4,
         **{f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("dim", 16), ("depth", 1), ("heads", 2))},
     },
-    "train": {"num_steps": 3, "batch_size": 16, "ema_decays": [], "preview_every": 0},
+    "optim": {"lr": 0.01},
+    "train": {"num_steps": 60, "batch_size": 16, "ema_decays": [], "preview_every": 0},  # so many that other codes are other images
 }
 LLAMAGEN = {
     "stage": "generator",
@@ -56,12 +58,41 @@ def test_images_are_drawn_from_a_sequence(model, tmp_path):
     assert torch.equal(alone, output.codes)
 
 
-def test_no_part_of_an_image_is_kept_in_a_sequence(model, tmp_path):
+def test_the_same_files_whatever_the_batch_size(model, tmp_path):
+    for size in ("1", "3", "8"):
+        main(["sample", "--model", str(model), "--num", "8", "--guidance", "2", "--batch-size", size, "--out", str(tmp_path / size)])
+    files = [{path.name: path.read_bytes() for path in (tmp_path / size).iterdir()} for size in ("1", "3", "8")]
+    assert len(files[0]) == 8 + 2 and files[0] == files[1] == files[2]
+    assert len({content for name, content in files[0].items() if name.endswith(".png")}) == 8  # not one image eight times
+
+
+def test_codes_may_be_made_while_training(model, tmp_path):
+    tokenizer, out = model.parents[1] / "titok" / "model", tmp_path / "gen"
+    (tmp_path / "gen.yaml").write_text(yaml.safe_dump(LLAMAGEN | {"data": {"spec": "digits", "flip": False, "num_workers": 0}}))
+    main(["train", "--config", str(tmp_path / "gen.yaml"), "--tokenizer", str(tokenizer), "--output_dir", str(out)])
+    assert ImagePipeline.from_pretrained(out / "model").generator.code_shape == (5,)
+    assert (out / "previews" / "step_00000003.png").is_file()
+
+
+def test_latents_are_refused(tmp_path, capsys):
+    options = {name: value for name, value in TITOK["model"].items() if name not in ("name", "codebook_size")}
+    TiTok(image_size=8, quantize_mode="vae", **options).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "gen.yaml").write_text(yaml.safe_dump(LLAMAGEN | {"data": {"spec": "digits"}}))
+    words = ["--config", str(tmp_path / "gen.yaml"), "--tokenizer", str(tmp_path / "tokenizer"), "--output_dir", str(tmp_path / "gen")]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *words])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "llamagen needs a tokenizer with a codebook" in error.splitlines()[-1]
+    assert not (tmp_path / "gen").exists()
+
+
+def test_no_part_of_an_image_is_kept_in_a_sequence(model, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     words = ["sample", "--model", str(model), "--num", "1", "--complete", str(tmp_path / "image.png"), "--out", str(tmp_path / "o.png")]
     with pytest.raises(SystemExit) as stop:
         main(words)
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and "--complete: the tokens of this model are no grid" in capsys.readouterr().err
+    assert not (tmp_path / "o.png").exists()
 
 
 def test_cached_and_parallel_logits_agree_on_a_sequence():

@@ -15,6 +15,10 @@ def tiny(**changes):
     return LlamaGen(**(options | changes))
 
 
+PLACES = [{"grid_size": 3}, {"sequence_length": 9}]
+"""Nine tokens, as a grid and as a sequence that is none."""
+
+
 def close(actual, expected, atol):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
@@ -84,9 +88,10 @@ def test_rotary_tables_equal_the_official_ones():
     assert (rotated[:, 0] == 0).all()
 
 
+@pytest.mark.parametrize("places", PLACES, ids=["grid", "sequence"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_cached_steps_equal_the_parallel_pass(kv_heads):
-    model = tiny(num_kv_heads=kv_heads).eval()
+def test_cached_steps_equal_the_parallel_pass(places, kv_heads):
+    model = tiny(num_kv_heads=kv_heads, **places).eval()
     torch.nn.init.normal_(model.head.weight, std=0.1)
     codes, labels = torch.randint(0, 32, (2, 9)), torch.tensor([1, 4])
     parallel = model(codes[:, :-1], labels)
@@ -97,8 +102,9 @@ def test_cached_steps_equal_the_parallel_pass(kv_heads):
     close(torch.stack(steps, 1), parallel[:, 3:], 1e-5)
 
 
-def test_any_length_is_read_and_the_future_is_not_seen():
-    model = tiny().eval()
+@pytest.mark.parametrize("places", PLACES, ids=["grid", "sequence"])
+def test_any_length_is_read_and_the_future_is_not_seen(places):
+    model = tiny(**places).eval()
     torch.nn.init.normal_(model.head.weight, std=0.1)
     codes, labels = torch.randint(0, 32, (2, 8)), torch.tensor([0, 3])
     whole = model(codes, labels)
@@ -113,8 +119,9 @@ def test_first_loss_is_that_of_guessing():
     close(loss, torch.tensor(32.0).log(), 1e-5)
 
 
-def test_loss_falls_on_one_batch_and_gradients_reach_every_parameter():
-    model = tiny(token_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0)
+@pytest.mark.parametrize("places", PLACES, ids=["grid", "sequence"])
+def test_loss_falls_on_one_batch_and_gradients_reach_every_parameter(places):
+    model = tiny(**places, token_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     targets, labels = torch.randint(0, 32, (8, 9)), torch.arange(8) % 5
     losses = []
@@ -144,25 +151,42 @@ def test_gradient_checkpointing_changes_no_gradient():
         close(recomputed, plain, 1e-7)
 
 
-def test_saved_and_loaded_model_gives_equal_logits(tmp_path):
-    model = tiny().eval()
+@pytest.mark.parametrize("places", PLACES, ids=["grid", "sequence"])
+def test_saved_and_loaded_model_gives_equal_logits(places, tmp_path):
+    model = tiny(**places).eval()
     torch.nn.init.normal_(model.head.weight)
     model.save_pretrained(tmp_path)
     again = LlamaGen.from_pretrained(tmp_path)
+    assert again.code_shape == model.code_shape
     codes, labels = torch.randint(0, 32, (2, 4)), torch.tensor([0, 5])
     assert torch.equal(again(codes, labels), model(codes, labels))
 
 
-def test_rotary_table_stays_float32_when_weights_are_cast():
-    model = tiny().to(torch.bfloat16)
+@pytest.mark.parametrize("places", PLACES, ids=["grid", "sequence"])
+def test_rotary_table_stays_float32_when_weights_are_cast(places):
+    model = tiny(**places).to(torch.bfloat16)
     assert model.rotary.dtype == torch.float32
     assert model(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([0])).dtype == torch.float32
 
 
-def test_compiles_without_a_graph_break():
-    model = tiny().eval()
+@pytest.mark.parametrize("places", PLACES, ids=["grid", "sequence"])
+def test_compiles_without_a_graph_break(places):
+    model = tiny(**places).eval()
     explained = torch._dynamo.explain(model)(torch.zeros(2, 8, dtype=torch.int64), torch.tensor([0, 1]))
     assert explained.graph_break_count == 0, explained.break_reasons
+
+
+def test_positions_of_a_sequence_count_from_the_condition_on():
+    model = tiny(sequence_length=9, rope_base=100.0)
+    turns = torch.view_as_complex(model.rotary)  # [1 + 9, D / 2] of D = 8
+    expected = torch.polar(torch.ones(10, 4), torch.outer(torch.arange(10.0), torch.tensor([1.0, 0.316227766, 0.1, 0.0316227766])))
+    torch.testing.assert_close(turns, expected, atol=1e-6, rtol=0)
+
+
+def test_shape_of_the_codes_is_a_grid_or_a_sequence():
+    assert (tiny().code_shape, tiny().num_tokens) == ((3, 3), 9)
+    assert (tiny(sequence_length=5).code_shape, tiny(sequence_length=5).num_tokens) == ((5,), 5)
+    assert tiny(grid_size=6).image_size(8, 256) == 48 and tiny(sequence_length=5).image_size(8, 256) == 256
 
 
 def test_condition_drop_uses_the_null_class():
@@ -185,7 +209,7 @@ def test_drop_path_replaces_dropout_and_only_acts_in_training():
     assert not torch.equal(model(codes, labels), model(codes, labels))
 
 
-@pytest.mark.parametrize("options", [{"num_heads": 5}, {"num_kv_heads": 3}, {"condition": "sound"}])
+@pytest.mark.parametrize("options", [{"num_heads": 5}, {"num_kv_heads": 3}, {"condition": "sound"}, {"sequence_length": 0}])
 def test_impossible_sizes_are_refused(options):
     with pytest.raises(UserError):
         tiny(**options)
