@@ -12,6 +12,9 @@ from genvision.tokenizers.titok import TiTok
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads of the transformers by name."""
 
+MIN_HEAD_DIM = 16
+"""No head of the original has fewer channels; the published ones have 64."""
+
 NAMES = {
     r"^latent_tokens$": "encoder.latent_tokens",
     r"^(encoder|decoder)\.class_embedding$": r"\1.class_token",
@@ -67,6 +70,8 @@ def titok(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[
             f"{side}_{ours}": constants.get(f"{theirs}_{name}", published)
             for ours, theirs, published in zip(("dim", "depth", "heads"), ("width", "layers", "heads"), SIZES[name], strict=True)
         }
+        # recorded small configurations keep the published number of heads beside a smaller width, but were run with heads of 16 channels
+        sizes[f"{side}_heads"] = min(sizes[f"{side}_heads"], max(1, sizes[f"{side}_dim"] // MIN_HEAD_DIM))
     pixel_codebook_size, pixel_codebook_dim = constants.get("pixel_codebook", (1024, 256))
     pixel = constants.get("pixel_decoder", {})
     multipliers = tuple(pixel.get("channel_mult", (1, 1, 2, 2, 4)))
