@@ -14,7 +14,8 @@ from torch import Tensor
 from genvision.errors import UserError
 from genvision.samplers.base import Sampler, check_labels
 from genvision.samplers.guidance import Guidance, combine
-from genvision.samplers.randomness import ImageStreams, Purpose
+from genvision.samplers.randomness import ImageStreams
+from genvision.streams import Purpose
 
 
 class AutoregressiveSampler(Sampler, SchedulerMixin):

@@ -25,8 +25,12 @@ TOKENIZERS: dict[str, str] = {
     "KLTokenizer": "genvision.tokenizers.kl",
     "AutoencoderKL": "genvision.tokenizers.kl",
     "TiTok": "genvision.tokenizers.titok",
+    "PixelTokenizer": "genvision.tokenizers.pixels",
 }
 """Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
+
+PIXELS = {"pixels": 3, "pixels:gray": 1}
+"""Names that stand for pixels themselves in the place of a tokenizer's folder, and their channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +186,26 @@ def load_tokenizer(path: str | Path) -> Any:
     if not (folder / "config.json").is_file() and (folder / "tokenizer" / "config.json").is_file():
         folder = folder / "tokenizer"
     return load_component(folder, TOKENIZERS, "tokenizer").eval()
+
+
+def open_tokenizer(name: str | Path, image_size: int | None) -> Any:
+    """The tokenizer that a generator is trained with: a saved one, or the pixels themselves.
+
+    Args:
+        name: a folder as `load_tokenizer` takes it, `pixels` (the images) or `pixels:gray` (their luminance).
+        image_size: side of the images; pixels need it, folders know their own.
+
+    Raises:
+        UserError: the folder cannot be loaded, the name is unknown, or pixels have no size.
+    """
+    if str(name).split(":")[0] != "pixels":
+        return load_tokenizer(name)
+    if str(name) not in PIXELS:
+        raise UserError(f"tokenizer '{name}' is unknown; give {' or '.join(PIXELS)}, or a folder (./pixels is one)")
+    if image_size is None:
+        raise UserError(f"data.image_size is missing; tokenizer {name} needs the side of the images")
+    defined_in = import_module(TOKENIZERS["PixelTokenizer"])
+    return defined_in.PixelTokenizer(image_size=image_size, channels=PIXELS[str(name)]).eval()
 
 
 def load_component(folder: Path, registry: dict[str, str], kind: str) -> Any:

@@ -22,7 +22,8 @@ from genvision.pipeline import ImagePipeline
 from genvision.processes import process_state
 from genvision.progress import Progress
 from genvision.samplers.guidance import llamagen_stop
-from genvision.samplers.randomness import MAX_SEED, draw_labels
+from genvision.samplers.randomness import draw_labels
+from genvision.streams import MAX_SEED
 from genvision.tokenizers.base import content_hash
 
 LabelLaw = Literal["balanced", "random"]

@@ -47,20 +47,50 @@ class TextEmbedding(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
 
 
-def sincos_table(positions: Tensor, dim: int, *, base: float = 10000.0) -> Tensor:
+class TimeEmbedding(nn.Module):
+    """Times [B] -> [B, C]: 256 sinusoids, cosines first, through a perceptron of two layers (DiT, arXiv:2212.09748, section 3.2).
+
+    Args:
+        dim: C.
+        freq_shift: the frequencies are 10000^(-k / (128 - freq_shift)); 0 in the original code, 1 in diffusers.
+        time_scale: times are multiplied by it first.
+    """
+
+    NUM_FEATURES = 256
+
+    def __init__(self, dim: int, freq_shift: int = 0, time_scale: float = 1.0) -> None:
+        super().__init__()
+        self.freq_shift, self.time_scale = freq_shift, time_scale
+        self.fc1 = nn.Linear(self.NUM_FEATURES, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def features(self, t: Tensor) -> Tensor:
+        """float32 [B, 256]."""
+        count = self.NUM_FEATURES // 2
+        exponents = torch.arange(count, dtype=torch.float32, device=t.device) / (count - self.freq_shift)
+        angles = (t.float() * self.time_scale).unsqueeze(1) * (-math.log(10000) * exponents).exp()
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(self.features(t).to(self.fc1.weight.dtype))))
+
+
+def sincos_table(positions: Tensor, dim: int, *, base: float = 10000.0, reaches_base: bool = True) -> Tensor:
     """Sine and cosine features of positions along one or more axes, in the order [sin, cos] of the first axis, of the second, ...
 
-    The n = dim / (2 A) frequencies of an axis are base^(-k / (n - 1)), as in MoCo v3 and big_vision; MAE divides by n.
+    The n = dim / (2 A) frequencies of an axis are base^(-k / (n - 1)), as in MoCo v3 and big_vision; MAE and DiT divide by n.
 
     Args:
         positions: [N, A], a column for each axis.
         dim: features; a multiple of 2 A, at least 4 A.
+        reaches_base: the lowest frequency is 1 / base, that is, divide by n - 1.
 
     Returns:
         float32 [N, dim].
     """
     count = dim // (2 * positions.shape[1])
-    frequencies = base ** (-torch.arange(count, dtype=torch.float64, device=positions.device) / (count - 1))
+    last = count - 1 if reaches_base else count
+    frequencies = base ** (-torch.arange(count, dtype=torch.float64, device=positions.device) / last)
     angles = positions.double().unsqueeze(-1) * frequencies  # [N, A, n]
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
 

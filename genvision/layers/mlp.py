@@ -37,3 +37,28 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.gelu(self.fc1(x)) * self.fc2(x))
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1 x)) with biases and the tanh form of GELU (arXiv:1606.08415), as DiT has it."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class PackedSwiGLU(nn.Module):
+    """down(silu(a) * b) with [a | b] = gate_up(x), biases in both, as DINOv2 and LightningDiT have it."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

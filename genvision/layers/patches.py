@@ -1,4 +1,4 @@
-"""Patches of clips and back, by the matrices that convolutions with stride = kernel are.
+"""Patches of clips and images and back, by the matrices that convolutions with stride = kernel are.
 
 Shapes: clips [B, 3, T, H, W] (images have T = 1); patches of q frames and p x p pixels on a grid t x h x w, P = t*h*w tokens of width D
 in that order.
@@ -44,3 +44,17 @@ class TubeletDecode(nn.Module):
         assert self.proj.bias is not None
         patches = F.linear(tokens, self.proj.weight.flatten(1).t(), self.proj.bias.repeat_interleave(q * p * r))
         return rearrange(patches, "b (t h w) (c q p r) -> b c (t q) (h p) (w r)", t=t, h=h, w=w, q=q, p=p, r=r)
+
+
+class PatchEmbed(nn.Module):
+    """Images or latents [B, c, H, W] -> tokens [B, N, D] in raster order. `proj` is a convolution, computed as the matrix it is."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.patch_size
+        patches = rearrange(x, "b c (h p) (w r) -> b (h w) (c p r)", p=p, r=p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

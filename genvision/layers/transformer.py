@@ -14,18 +14,30 @@ from genvision.layers.rotary import rotate_rows
 
 
 class SelfAttention(nn.Module):
-    """Every token sees every token; one projection without bias ordered [queries | keys | values], an output projection with bias."""
+    """Every token sees every token; one projection ordered [queries | keys | values], an output projection with bias.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    Args:
+        dim: C.
+        num_heads: H.
+        qkv_bias: of the first projection.
+        qk_norm: makes the norm over D of queries, and that of keys; None leaves them.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = False, qk_norm: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = qk_norm(self.head_dim) if qk_norm is not None else None
+        self.k_norm = qk_norm(self.head_dim) if qk_norm is not None else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """x [B, N, C]; rotary as `rotate_rows` takes it."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, N, 3H, D]
         q_and_k, v = heads.split([2 * self.num_heads, self.num_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = q_and_k.chunk(2, dim=2)
+            q_and_k = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         if rotary is not None:
             if rotary.dim() == 4:  # a head's query and key turn alike
                 rotary = rotary.repeat(2, 1, 1, 1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-GENERATORS: dict[str, str] = {"LlamaGen": "genvision.models.llamagen"}
+GENERATORS: dict[str, str] = {"LlamaGen": "genvision.models.llamagen", "DiT": "genvision.models.dit"}
 """Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
 
 
@@ -13,7 +13,7 @@ class Generator:
 
     num_classes: int
     code_shape: tuple[int, ...]
-    """Shape of the codes of one image: (h, w), or (L,) where they are no grid."""
+    """Shape of the codes of one image: (h, w), or (L,) where they are no grid; of latents (c, h, w) or (c, L)."""
     has_null_label: bool
     prefix_length: int = 0
     """Positions of the condition, which stand before those of the image in `hidden_states`."""

@@ -115,7 +115,7 @@ def test_guidance_that_begins_late_equals_null_rows_kept_from_the_start(model):
     labels, noise = torch.tensor([0, 4]), ImageStreams(1, range(2))
     late = AutoregressiveSampler(guidance_scale=3.0, guidance_start=4 / 9).sample(model, labels, noise)
     tokens = torch.zeros(2, 0, dtype=torch.int64)
-    from genvision.samplers.randomness import Purpose
+    from genvision.streams import Purpose
 
     uniform = noise.uniform(Purpose.TOKEN, 9)
     for i in range(9):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from genvision.errors import UserError
-from genvision.samplers.randomness import ImageStreams, Purpose, draw_labels
+from genvision.samplers.randomness import ImageStreams, draw_labels
+from genvision.streams import Purpose
 
 FIRST = [0.9890500327641266, 0.043691321770255476, 0.5562997753153373]
 
