@@ -99,6 +99,11 @@ def encode(
     on_bad_image: Literal["stop", "skip"] = "stop",
     dtype: Literal["float32", "float16"] = "float32",
     storage: Literal["auto", "bytes"] = "auto",
+    posterior: bool = False,
+    features: str | None = None,
+    features_weights: Path | None = None,
+    features_grid: int = 16,
+    download: bool = False,
 ) -> None:
     """Turn images into codes once, with all crops and flips, for training a generator; goes on where it was interrupted.
 
@@ -113,8 +118,14 @@ def encode(
         batch_size: images at a time.
         workers: processes that decode images.
         on_bad_image: stop at an unreadable image, or leave it out and list it at the end.
-        dtype: of stored latents; float16 takes half the space. (Discrete codes are whole numbers.)
+        dtype: of stored latents and deviations; float16 takes half the space. (Discrete codes are whole numbers.)
         storage: of discrete codes: one byte each where at most 256 are in use; bytes also up to 510, slower to read.
+        posterior: store the standard deviations of the latents, too; training then draws a sample at every visit, as DiT and SiT do.
+        features: store patch tokens of this frozen network for REPA: dinov2_vitb14 (s, l, g) or a vision transformer of timm's.
+            dinov2_vitb14 takes 0.4 MB a view.
+        features_weights: local file of its weights under timm's names.
+        features_grid: tokens of it a side, as many as the model that is trained has; 16 for DiT/2 at 256 pixels, 32 at 512.
+        download: fetch its weights if no file is given.
     """
     from genvision.jobs.encode import encode_data, format_encoded
 
@@ -131,6 +142,11 @@ def encode(
         on_bad_image=on_bad_image,
         dtype=dtype,
         storage=storage,
+        posterior=posterior,
+        features=features,
+        features_weights=features_weights,
+        features_grid=features_grid,
+        download=download,
     )
     _say(f"{out}: {format_encoded(index)}")
 
@@ -604,15 +620,31 @@ def import_(name: str, file: str, *, out: Path, weights: Literal["model", "ema"]
 
     Args:
         name: of a preset; `genvision presets` lists them.
-        file: the downloaded checkpoint; of an sd-vae also a diffusers folder, or hub:OWNER/NAME.
+        file: the downloaded checkpoint; of an sd-vae also a diffusers folder, or hub:OWNER/NAME; of a dit also a diffusers DiTPipeline
+            folder, whose vae becomes the tokenizer, or its folder transformer.
         out: model folder; import tokenizer and generator into the same one.
-        weights: which weights of a training checkpoint to take.
+        weights: which weights of a training checkpoint to take; those that were published unless told (ema of diffusion transformers).
         download: fetch hub:OWNER/NAME if it is not there.
     """
     from genvision.jobs.import_official import import_checkpoint
 
     missing = import_checkpoint(name, file, out, weights=weights, download=download)
     print(f"{out}: {name} imported" + (f"; still missing: {', '.join(missing)}" if missing else "; complete"))
+
+
+def export(*, model: Path, format: Literal["diffusers", "official"], out: Path) -> None:
+    """Write a diffusion transformer as diffusers or the original code reads it.
+
+    Args:
+        model: model folder.
+        format: diffusers writes a folder for DiTPipeline.from_pretrained, official one file of weights under the original names.
+        out: new folder, or new file that ends in .pt or .safetensors.
+    """
+    from genvision.jobs.export import export_model
+
+    for warning in export_model(model, format, out):
+        print(f"warning: {warning}")
+    print(f"{out}: {model} exported")
 
 
 def presets(name: str | None = None) -> None:
@@ -642,6 +674,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "probe": probe,
     "neighbours": neighbours,
     "import": import_,
+    "export": export,
     "presets": presets,
 }
 

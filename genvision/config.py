@@ -28,6 +28,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 MODELS = {
     "llamagen": ("generator", "genvision.models.llamagen", "LlamaGen"),
+    "dit": ("generator", "genvision.models.dit", "DiT"),
     "vq": ("tokenizer", "genvision.tokenizers.vq", "VQTokenizer"),
     "vitok": ("tokenizer", "genvision.tokenizers.vit", "ViTok"),
     "kl": ("tokenizer", "genvision.tokenizers.kl", "KLTokenizer"),
@@ -36,6 +37,8 @@ MODELS = {
 """`model.name` in a training configuration: stage, module, class."""
 
 
+FROM_DATA = {"image_size", "codebook_size", "grid_size", "sequence_length", "input_size", "in_channels", "num_classes"}
+"""Model options that follow from the data (tokenizer stage) or from the tokenizer (generator stage)."""
 OPEN_KEYS = ("model.quantizer_options",)
 """Keys that hold a dictionary whose keys depend on another option."""
 
@@ -128,7 +131,7 @@ def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
     if model not in MODELS:
         where = f"{file}: " if file else ""
         raise UserError(f"{where}model.name is {model!r}; one of {', '.join(MODELS)} is needed{_nearest(str(model), list(MODELS))}")
-    parser = _train_parser(*MODELS[str(model)])
+    parser = _train_parser(str(model), str(_peek("model.path", argv, in_file) or "ddpm"))
     known = sorted({action.dest for action in parser._actions} - {"help", "print_config", "config", "resume"})
     sections = {key.split(".")[0] for key in known if "." in key}
     for key in [*in_file, *on_line]:
@@ -158,9 +161,11 @@ def _train_help() -> str:
 
 
 @cache  # reading the docstrings takes 0.2 s
-def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
+def _train_parser(model: str, path: str) -> ArgumentParser:
+    """`path` is that of a diffusion transformer, which decides about loss and sampler."""
     from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
 
+    stage = MODELS[model][0]
     parser = ArgumentParser(
         prog="genvision train",
         description="Train a tokenizer or a generator. All keys may stand in the YAML file too.",
@@ -176,22 +181,39 @@ def _train_parser(stage: str, module: str, class_name: str) -> ArgumentParser:
             kind = {"stage": Literal[stage]}.get(field.name, get_type_hints(TrainConfig)[field.name])
             parser.add_argument(f"--{field.name}", type=kind, help=helps[field.name], **options)
     parser.add_argument("--model.name", type=Literal[tuple(MODELS)], required=True, help="which model")
-    # the rest follows from the data (tokenizer stage) or from the tokenizer (generator stage)
-    skip = {"image_size"} if stage == "tokenizer" else {"codebook_size", "grid_size", "sequence_length", "num_classes"}
-    parser.add_class_arguments(getattr(import_module(module), class_name), "model", skip=skip)
+    skip = {"image_size"} if stage == "tokenizer" else FROM_DATA
+    parser.add_class_arguments(model_class(model), "model", skip=skip)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(OptimConfig, "optim")
     parser.add_class_arguments(LoopConfig, "train")
-    if stage == "tokenizer":
-        from genvision.training.tokenizer_loss import TokenizerLossConfig
-
-        parser.add_class_arguments(TokenizerLossConfig, "loss")
-    else:
-        from genvision.samplers.autoregressive import AutoregressiveSampler
-
-        parser.add_class_arguments(AutoregressiveSampler, "sampler")
+    loss, sampler = _loss_and_sampler(model, path)
+    if loss is not None:
+        parser.add_class_arguments(loss, "loss")
+    if sampler is not None:
+        parser.add_class_arguments(sampler, "sampler")
         parser.add_argument("--model.num_classes", type=int | None, default=None, help="as many as the data names, unless told")
     return parser
+
+
+def _loss_and_sampler(model: str, path: str) -> tuple[type | None, type | None]:
+    """Classes whose options stand below `loss` and `sampler`."""
+    if MODELS[model][0] == "tokenizer":
+        from genvision.training.tokenizer_loss import TokenizerLossConfig
+
+        return TokenizerLossConfig, None
+    if model == "llamagen":
+        from genvision.samplers.autoregressive import AutoregressiveSampler
+
+        return None, AutoregressiveSampler
+    if path == "ddpm":
+        from genvision.objectives.diffusion import DiffusionLossConfig
+        from genvision.samplers.diffusion import DiffusionSampler
+
+        return DiffusionLossConfig, DiffusionSampler
+    from genvision.objectives.flow import FlowLossConfig
+    from genvision.samplers.flow import FlowSampler
+
+    return FlowLossConfig, FlowSampler
 
 
 def _train_config(values: dict[str, Any]) -> "TrainConfig":

@@ -51,9 +51,10 @@ class ImagePipeline:
         self.label_names = list(label_names)
         if len(self.label_names) != generator.num_classes:
             raise UserError(f"{len(self.label_names)} label names were given for a model of {generator.num_classes} classes")
-        wanted, made = generator.config.codebook_size, tokenizer.spec.codebook_size
+        wanted, made = generator.config.get("codebook_size"), tokenizer.spec.codebook_size
         if wanted != made:
-            raise UserError(f"the generator predicts {wanted} codes, the tokenizer has {made}; use the tokenizer that it was trained with")
+            kinds = [f"{number} codes" if number is not None else "continuous latents" for number in (wanted, made)]
+            raise UserError(f"the generator predicts {kinds[0]}, the tokenizer has {kinds[1]}; use the tokenizer that it was trained with")
         places = tuple(tokenizer.spec.code_shape(self.image_size))
         if tuple(generator.code_shape) != places:
             raise UserError(

@@ -1,38 +1,13 @@
 """Published models by name: how they are built, where they come from, what was reported for them."""
 
 import difflib
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from genvision.errors import UserError
+from genvision.preset import Preset
+from genvision.presets_diffusion import DIFFUSION_PRESETS
 
 LLAMAGEN = "LlamaGen, arXiv:2406.06525"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """One official checkpoint."""
-
-    component: Literal["tokenizer", "generator"]
-    """Which part of a pipeline folder it becomes."""
-    family: str
-    """Of `genvision.convert.load_official`."""
-    config: dict[str, Any]
-    """Constructor arguments of the original implementation."""
-    file: str
-    """Name of the published file."""
-    image_size: int
-    """Side of its images in pixels."""
-    million_parameters: float
-    """Size."""
-    source: str
-    """Paper and table of the numbers."""
-    sampler: dict[str, Any] = field(default_factory=dict)
-    """Published sampling protocol."""
-    published: dict[str, float] = field(default_factory=dict)
-    """Reported scores under that protocol; FID against ADM's ImageNet 256 reference, rFID against the validation crops."""
-    notes: str = ""
-    """What must be known to repeat them."""
 
 
 def _vq(multipliers: tuple[int, ...], file: str, size: float, published: dict[str, float]) -> Preset:
@@ -216,6 +191,7 @@ PRESETS: dict[str, Preset] = {
     "llamagen-c2i-xxl-384": _gpt("xxl", 384, 1.75, {"fid": 2.34, "is": 253.90, "precision": 0.80, "recall": 0.59}),
     "llamagen-c2i-3b-256": _gpt("3b", 256, 1.65, {}),
     "llamagen-c2i-3b-384": _gpt("3b", 384, 1.65, {"fid": 2.18, "is": 263.33, "precision": 0.81, "recall": 0.58}),
+    **DIFFUSION_PRESETS,
 }
 
 

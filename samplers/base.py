@@ -9,7 +9,11 @@ from torch import Tensor
 from genvision.errors import UserError
 from genvision.samplers.randomness import ImageStreams
 
-SAMPLERS: dict[str, str] = {"AutoregressiveSampler": "genvision.samplers.autoregressive"}
+SAMPLERS: dict[str, str] = {
+    "AutoregressiveSampler": "genvision.samplers.autoregressive",
+    "DiffusionSampler": "genvision.samplers.diffusion",
+    "FlowSampler": "genvision.samplers.flow",
+}
 """Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
 
 Self = TypeVar("Self", bound="Sampler")
@@ -30,11 +34,14 @@ class Sampler(ABC, ConfigMixin):
         condition_mask: Tensor | None = None,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        """Draw codes [B, h, w] or [B, L] for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only."""
+        """Draw codes for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only.
+
+        Codes are tokens [B, h, w] or [B, L], or latents [B, c, h, w] or [B, c, L].
+        """
 
     @abstractmethod
-    def network_calls(self, generator: Any) -> int:
-        """Evaluations of the network that one image costs; a conditional and a null row count one each."""
+    def network_calls(self, generator: Any) -> int | None:
+        """Evaluations of the network that one image costs; a conditional and a null row count one each. None: it differs by image."""
 
     def check(self, generator: Any) -> None:
         """Raises UserError where these options are impossible with this generator."""

@@ -130,6 +130,19 @@ class ContinuousTokenizer(Tokenizer):
 
     config: Any
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (what `encode` gives) and standard deviation of the latents of `images`, both standardised, each [B, c, ...].
+
+        A latent is drawn as mean + deviation * normal. Without a posterior, as here, the deviations are zeros.
+        """
+        mean = self.encode(images)
+        return mean, torch.zeros_like(mean)
+
+    def standardized(self, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance as the network makes them -> mean and standard deviation as generators see them."""
+        _, std = self._statistics(logvar)
+        return self.normalize(mean), ((0.5 * logvar).exp() / std).contiguous()
+
     def normalize(self, z: Tensor) -> Tensor:
         """Latents as the network makes them, [B, c, ...] -> as generators see them."""
         mean, std = self._statistics(z)

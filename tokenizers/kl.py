@@ -108,6 +108,10 @@ class KLTokenizer(ContinuousTokenizer, ModelMixin, ConfigMixin):
         mean, _ = self.moments(images)
         return self.normalize(mean)
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [-1, 1] -> mean and standard deviation of the posterior, both standardised, each [B, c, h, w]."""
+        return self.standardized(*self.moments(images))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Standardised latents [B, c, h, w] -> images [B, 3, H, W], about [-1, 1] but not clamped."""
         self.check_codes(latents)

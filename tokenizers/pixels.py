@@ -75,4 +75,4 @@ class PixelTokenizer(ContinuousTokenizer, ModelMixin, ConfigMixin):
         return self.denormalize(latents.to(self.dtype)).repeat(1, 3 // latents.shape[1], 1, 1)
 
 
-UNTRAINABLE = "pixels have no weights, so a PixelTokenizer cannot be trained; give a generator --tokenizer pixels, or train another tokenizer"
+UNTRAINABLE = "pixels have no weights, so a PixelTokenizer cannot be trained; train a generator with --tokenizer pixels"

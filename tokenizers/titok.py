@@ -166,6 +166,16 @@ class TiTok(ContinuousTokenizer, ModelMixin, ConfigMixin):
             return self.quantize.nearest(self.encode_continuous(images))
         return self.normalize(self.moments(images)[0])
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations of the latents, both standardised, each [B, D, L].
+
+        Raises:
+            UserError: the tokens are codes.
+        """
+        if self.spec.discrete:
+            raise UserError("quantize_mode is 'vq': codes of a codebook have no posterior; take a tokenizer with quantize_mode 'vae'")
+        return self.standardized(*self.moments(images))
+
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, L] or latents [B, D, L] -> images [B, 3, H, W], about [-1, 1] but not clamped."""
         self.check_codes(codes)

@@ -145,6 +145,14 @@ class ViTok(ContinuousTokenizer, ModelMixin, ConfigMixin):
         mean, _ = self.moments(images)
         return self.normalize(mean)
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, both standardised and shaped as `encode`'s result; zeros if not variational."""
+        if not self.is_variational:
+            return super().posterior(images)
+        mean, logvar = self.moments(images)
+        assert logvar is not None
+        return self.standardized(mean, logvar)
+
     def decode(self, codes: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Standardised codes as `encode` gives them -> images or clips, about [-1, 1] but not clamped.
 

@@ -2,7 +2,7 @@
 
 import argparse
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ CONTAINERS = ("model", "ema", "module", "state_dict")
 """Keys under which official files keep their weights; a file without them is a bare state dict."""
 
 
-def read_state_dict(path: str | Path, weights: str | None = None) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, weights: str | None = None, *, prefer: Sequence[str] = CONTAINERS) -> dict[str, Tensor]:
     """Tensors of a `.pt`, `.pth`, `.ckpt` or `.safetensors` file; nothing in the file is executed.
 
     Args:
         path: the file.
-        weights: which container to take from a training checkpoint (`model`, `ema`, ...); None takes the first there is.
+        weights: which container to take from a training checkpoint (`model`, `ema`, ...); None takes the first there is of `prefer`.
+        prefer: names of containers.
 
     Raises:
         UserError: the file is missing or damaged, holds more than data, or lacks the container.
@@ -40,7 +41,7 @@ def read_state_dict(path: str | Path, weights: str | None = None) -> dict[str, T
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a readable weight file (damaged, or it holds more than tensors): {reason}") from error
-    return _unwrap(content, weights, path)
+    return _unwrap(content, weights, prefer, path)
 
 
 def _is_zip(path: Path) -> bool:
@@ -48,14 +49,14 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def _unwrap(content: Any, weights: str | None, path: Path) -> dict[str, Tensor]:
+def _unwrap(content: Any, weights: str | None, prefer: Sequence[str], path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a state dict or a checkpoint with one")
     present = [name for name in CONTAINERS if isinstance(content.get(name), Mapping)]
     if weights is not None and weights not in present:
         raise UserError(f"{path}: has no '{weights}' weights; it holds {', '.join(present) or 'a bare state dict'}")
     if present:
-        content = content[weights or present[0]]
+        content = content[weights or next(name for name in (*prefer, *present) if name in present)]
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{path}: holds no tensors")

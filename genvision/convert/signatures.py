@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterable
 
+DIT = (r"x_embedder\.", r"blocks\.0\.adaLN_modulation\.")
+"""DiT, SiT and Model-guidance have these names, and the same shapes; LightningDiT without its switches and REPA without projectors, too."""
+
 SIGNATURES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("titok", (r"latent_tokens", r"encoder\.transformer\.0\."), ()),
     ("vitok", (r"tubelet_embed\.proj\.", r"encoder_to_code\."), ()),
@@ -12,7 +15,10 @@ SIGNATURES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("mage-vqgan", (r"encoder\.mid\.block_1\.", r"quantize\.embedding\.weight"), (r"quant_conv\.",)),
     ("autoencoder-kl", (r"(first_stage_model\.)?encoder\.(down_blocks|down)\.0\.",), (r"quantize\.",)),
     ("llamagen-gpt", (r"layers\.0\.attention\.wqkv\.", r"tok_embeddings\."), ()),
-    ("dit or sit", (r"x_embedder\.", r"blocks\.0\.adaLN_modulation\."), ()),
+    ("diffusers-dit", (r"transformer_blocks\.0\.norm1\.emb\.class_embedder\.", r"proj_out_1\."), ()),
+    ("repa-sit", (*DIT, r"projectors\.0\.0\."), ()),
+    ("lightningdit", (*DIT, r"feat_rope\.|blocks\.0\.(mlp\.w12|norm1)\."), ()),
+    ("dit or sit", DIT, ()),
     ("mage", (r"decoder_pos_embed", r"mask_token|vqgan\."), (r"tubelet_embed\.",)),
 )
 """Family, patterns that some name must begin with each, patterns that no name may begin with; the first that fits counts."""
@@ -20,7 +26,7 @@ SIGNATURES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 def guess_family(names: Iterable[str]) -> str | None:
     """The family that tensor names look like; None where they look like none."""
-    names = list(names)
+    names = [re.sub(r"^(module\.|_orig_mod\.)+", "", name) for name in names]  # of data parallelism and torch.compile
 
     def present(pattern: str) -> bool:
         return any(re.match(pattern, name) for name in names)

@@ -4,7 +4,9 @@
 `ranks`     uint8 [n, V, *code_shape], places in the list of the codes that occur in the set: at most 256 of them
 `bytes`     SeiT's byte stream of such places, uint8 [S], and where each view begins, int64 [n V + 1]: at most 510 of them
 
-Letters: n images of a shard, V views of an image, S bytes of all.
+What lies beside them is stored as it is: standard deviations like their latents, features of a frozen network as float16 [n, V, T, Z].
+
+Letters: n images of a shard, V views of an image, S bytes of all; T feature tokens of Z channels.
 """
 
 from pathlib import Path
@@ -38,7 +40,7 @@ def choose_storage(codebook_size: int, num_in_use: int, use_stream: bool) -> Sto
 
 
 class ArrayShard:
-    """A shard with one number for every code, or every value of a latent."""
+    """A shard with one number for every code, or every value of a latent or feature."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.path = path
@@ -46,7 +48,7 @@ class ArrayShard:
         self.nbytes: int = self.array.nbytes
 
     def take(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """[B, *code_shape] of one view of each of these images."""
+        """[B, *shape[2:]] of one view of each of these images."""
         taken: np.ndarray = self.array[rows, views]
         return taken
 

@@ -5,11 +5,16 @@ allow one byte each, see code_storage), `labels-00000.npy` (int64 [n]) and so on
 without it is not finished. While a job runs, `job.json` says what it makes, and a `shard-00000.json` beside a shard says that the
 shard is whole. `genvision.data.encoding` writes all this.
 
-Shapes: codes [*places], (h, w) or (L,), int64; latents [c, *places] float32; B samples, V views of an image.
+Beside latents, which are the means of a tokenizer's posterior, there may be its standard deviations, `deviations-00000.npy`; diffusion
+transformers (DiT, arXiv:2212.09748; SiT) are trained on samples of it, drawn anew at every visit. And there may be a frozen network's
+features of every view for REPA (genvision.data.alignment), `features-00000.npy`, float16 [n, V, T, Z].
+
+Shapes: codes [*places], (h, w) or (L,), int64; latents [c, *places] float32; B samples, V views of an image; T tokens of Z features.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,9 +27,29 @@ from genvision.data.code_storage import ArrayShard, StoredAs, StreamShard, code_
 from genvision.data.datasets import BadImages, Batch
 from genvision.data.order import uniform_choice
 from genvision.errors import UserError
+from genvision.streams import IndexedStreams, Purpose
 
 FORMAT_VERSION = 1
 KINDS = ("codes", "latents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFeatures:
+    """Features of every view that a set holds beside its codes."""
+
+    network: str
+    """timm's name of the frozen network."""
+    hash: str
+    """FrozenFeatures.hash."""
+    tokens_per_side: int
+    """T is its square."""
+    dim: int
+    """Z."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, Z)"""
+        return self.tokens_per_side**2, self.dim
 
 
 class EncodedDataset:
@@ -32,14 +57,19 @@ class EncodedDataset:
 
     Args:
         expected_tokenizer_hash: refuse codes of any other tokenizer.
-        seed: which view of an image is taken at a position depends on this and the position alone.
+        seed: which view of an image is taken at a position, and which sample of its posterior, depends on this and the position alone.
+        with_features: batches hold the features, if there are any; at 0.4 MB a sample it costs time to read what nobody uses.
+
+    Attributes:
+        has_posterior: batches hold samples, as the set knows the deviations of its latents.
+        features: what is stored of features, or None.
 
     Raises:
         UserError: it is not finished, is damaged, or was made by another tokenizer.
     """
 
-    def __init__(self, path: str | Path, expected_tokenizer_hash: str | None = None, *, seed: int = 0) -> None:
-        self.path, self.seed = Path(path).expanduser(), seed
+    def __init__(self, path: str | Path, expected_tokenizer_hash: str | None = None, *, seed: int = 0, with_features: bool = True) -> None:
+        self.path, self.seed, self.with_features = Path(path).expanduser(), seed, with_features
         self.index = _read_index(self.path)
         made_by: str = self.index["tokenizer_hash"]
         if expected_tokenizer_hash is not None and made_by != expected_tokenizer_hash:
@@ -51,6 +81,8 @@ class EncodedDataset:
         self.code_shape: tuple[int, ...] = tuple(self.index["code_shape"])
         self.codebook_size: int | None = self.index["codebook_size"]
         self.num_views: int = self.index["views"]
+        self.has_posterior: bool = self.index.get("posterior", False)  # sets that do not say so are older than the option
+        self.features = stored_features(self.index)
         self.label_names: list[str] = self.index["label_names"]
         self.bad_images: BadImages = {}
         in_use = self.index.get("codes_in_use")
@@ -69,42 +101,56 @@ class EncodedDataset:
         return len(self.label_names)
 
     def fingerprint(self) -> str:
-        """sha256 that changes with the images, the views and the tokenizer."""
+        """sha256 that changes with the images, the views, the tokenizer, and what is stored beside the codes."""
         return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
 
     def views(self, index: int) -> Tensor:
-        """All views of one image, int64 or float32 [V, *code_shape]."""
+        """All views of one image, int64 or float32 [V, *code_shape]; of latents with a posterior its means."""
         return self.codes(np.full(self.num_views, index), np.arange(self.num_views))
 
     def codes(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
-        """Of each image one view, by its number: codes int64 or latents float32, [B, *code_shape].
+        """Of each image one view, by its number: codes int64 or latents (the means) float32, [B, *code_shape].
 
         Raises:
             UserError: a shard holds what is no code of the tokenizer.
         """
-        indices, views = np.asarray(indices), np.asarray(views)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        codes = np.empty((len(indices), *self.code_shape), dtype=np.int64 if self.kind == "codes" else np.float32)
-        for shard in np.unique(shards):
-            rows = shards == shard
-            stored = self._shards[shard].take(indices[rows] - self._starts[shard], views[rows])
-            codes[rows] = self._decoded(stored, self._shards[shard].path) if self.kind == "codes" else stored
-        return torch.from_numpy(codes)
+        return self._read("codes", np.asarray(indices), np.asarray(views), self.code_shape)
 
     def get(self, position: int, index: int) -> Batch:
-        """One sample: `codes` [*code_shape], `labels` and `positions` int64 []."""
+        """One sample: `codes` [*code_shape], `labels` and `positions` int64 [], and `features` [T, Z] if there are any."""
         return {key: value[0] for key, value in self.get_batch(np.array([position]), np.array([index])).items()}
 
     def get_batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
-        """`codes` int64 (float32 of latents) [B, *code_shape] of one view each, `labels` and `positions` int64 [B]."""
+        """One view of each image.
+
+        Returns:
+            `codes` int64 (float32 of latents) [B, *code_shape], a sample where the set knows the posterior; `labels` and `positions`
+            int64 [B]; `features` float32 [B, T, Z] if there are any.
+        """
         indices = np.asarray(indices)
-        codes = self.codes(indices, uniform_choice(self.seed, positions, self.num_views))
-        labels = torch.from_numpy(self.labels[indices])
-        return {"codes": codes, "labels": labels, "positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
+        views = uniform_choice(self.seed, positions, self.num_views)
+        batch = {"codes": self.codes(indices, views), "labels": torch.from_numpy(self.labels[indices])}
+        if self.has_posterior:
+            deviations = self._read("deviations", indices, views, self.code_shape)
+            batch["codes"] += deviations * IndexedStreams(self.seed, positions).normal(Purpose.POSTERIOR, self.code_shape)
+        if self.features is not None and self.with_features:
+            batch["features"] = self._read("features", indices, views, self.features.shape)
+        return batch | {"positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
 
     def num_bytes(self) -> int:
-        """What the codes take on disk, without the labels."""
-        return sum(shard.nbytes for shard in self._shards)
+        """What is stored takes on disk, without the labels."""
+        return sum(part.nbytes for shard in self._shards for part in shard.values())
+
+    def _read(self, part: str, indices: np.ndarray, views: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        """`codes`, `deviations` or `features` of one view of each image, [B, *shape]."""
+        is_code = part == "codes" and self.kind == "codes"
+        values = np.empty((len(indices), *shape), dtype=np.int64 if is_code else np.float32)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        for shard in np.unique(shards):
+            rows, file = shards == shard, self._shards[shard][part]
+            stored = file.take(indices[rows] - self._starts[shard], views[rows])
+            values[rows] = self._decoded(stored, file.path) if is_code else stored
+        return torch.from_numpy(values)
 
     def _decoded(self, stored: np.ndarray, path: Path) -> np.ndarray:
         """Codes of what is stored of them, after a check."""
@@ -132,8 +178,18 @@ class EncodedDataset:
         self._open()
 
 
-def open_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any]) -> ArrayShard | StreamShard:
-    """One shard as its entry in the index says."""
+def open_shard(folder: Path, shard: dict[str, Any], index: dict[str, Any]) -> dict[str, ArrayShard | StreamShard]:
+    """The parts of one shard, `codes` first, as its entry in the index says."""
+    rows = (shard["count"], index["views"])
+    parts: dict[str, ArrayShard | StreamShard] = {"codes": _open_codes(folder, shard, index)}
+    if index.get("posterior"):
+        parts["deviations"] = ArrayShard(folder / shard["deviations"], (*rows, *index["code_shape"]), np.dtype(index["dtype"]))
+    if (features := stored_features(index)) is not None:
+        parts["features"] = ArrayShard(folder / shard["features"], (*rows, *features.shape), np.dtype(np.float16))
+    return parts
+
+
+def _open_codes(folder: Path, shard: dict[str, Any], index: dict[str, Any]) -> ArrayShard | StreamShard:
     shape = (shard["count"], index["views"], *index["code_shape"])
     path = folder / shard["codes"]
     if index["kind"] == "latents":
@@ -150,6 +206,12 @@ def stored_form(index: dict[str, Any]) -> StoredAs:
     return form
 
 
+def stored_features(index: dict[str, Any]) -> StoredFeatures | None:
+    """What an index says of features; sets that say nothing have none."""
+    features = index.get("features")
+    return None if features is None else StoredFeatures(**features)
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     file = folder / "index.json"
     if not file.is_file():
@@ -161,6 +223,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(file.read_text())
         version, kind, form = index["format_version"], index["kind"], stored_form(index)
+        stored_features(index)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: is not the index of encoded data ({error}); encode again into another folder") from error
     if version != FORMAT_VERSION or kind not in KINDS or form not in get_args(StoredAs):

@@ -2,46 +2,35 @@
 
 The folder is described in `genvision.data.encoded`. Whatever ends a job, the next one goes on after the finished shards.
 
-Shapes: images [B, V, H, W, 3] of B images with V views; codes [B, V, *code_shape].
+Shapes: codes and deviations [n, V, *code_shape] of n images with V views; features [n, V, T, Z].
 """
 
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from genvision import __version__
 from genvision.data.array_files import GrowingArray, write_json, write_whole
-from genvision.data.code_storage import choose_storage, code_dtype, store_again
+from genvision.data.code_storage import choose_storage, store_again
 from genvision.data.datasets import BadImages, OrderedBatches
-from genvision.data.encoded import FORMAT_VERSION, EncodedDataset, open_shard
+from genvision.data.encoded import FORMAT_VERSION, EncodedDataset, StoredFeatures, open_shard
+from genvision.data.encoded_batches import EncodedBatch, Encoder, FeatureNetwork, encode_batches
 from genvision.data.sources import BadImageError, ImageSource, OnBadImage
 from genvision.data.transforms import ViewConfig
 from genvision.errors import UserError
-from genvision.images import from_uint8
 from genvision.progress import Progress
 
 LatentDtype = Literal["float32", "float16"]
 Storage = Literal["auto", "bytes"]
-_UNSAID = {"storage": "auto"}
+HASH_LENGTH = 64
+"""Hexadecimal digits of a sha256."""
+_UNSAID = {"storage": "auto", "posterior": False, "features": None}
 """What jobs mean that were begun before there was a choice."""
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    @property
-    def spec(self) -> Any: ...
-
-    @property
-    def device(self) -> Any: ...
-
-    def encode(self, images: Tensor) -> Tensor: ...
 
 
 def encode_dataset(
@@ -56,6 +45,8 @@ def encode_dataset(
     enlarge: float = 1.1,
     dtype: LatentDtype = "float32",
     storage: Storage = "auto",
+    posterior: bool = False,
+    features: FeatureNetwork | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     on_bad_image: OnBadImage = "stop",
@@ -68,9 +59,12 @@ def encode_dataset(
 
     Args:
         crops, flip, enlarge: the views, see ViewConfig; centre crop and flip make 2, ten crops 10.
-        dtype: of stored latents; float32 keeps every bit, float16 halves the space. Codes are whole numbers whatever it says.
+        dtype: of stored latents and deviations; float32 keeps every bit, float16 halves the space. Codes are whole numbers whatever
+            it says.
         storage: of codes. `auto` takes one byte each where at most 256 occur in the set; `bytes` also where at most 510 do, as SeiT's
             byte stream, which is a little slower to read.
+        posterior: store the standard deviations of the latents, too, so that training draws samples; of a ContinuousTokenizer.
+        features: store what this network, on the tokenizer's device, makes of every view, as float16.
         batch_size: views that the tokenizer is given at once (at least those of one image).
         shard_size: images in a shard; what an interruption can cost. Every open shard takes a file handle in training.
         rank, world_size, barrier: each process takes every `world_size`-th shard; `barrier` waits for all of them.
@@ -85,7 +79,7 @@ def encode_dataset(
     folder = Path(out_dir)
     job = {
         "format_version": FORMAT_VERSION,
-        **_kind(tokenizer.spec.codebook_size, dtype, storage),
+        **_kind(tokenizer.spec.codebook_size, dtype, storage, posterior),
         "tokenizer_hash": tokenizer_hash,
         "codebook_size": tokenizer.spec.codebook_size,
         "image_size": image_size,
@@ -96,6 +90,7 @@ def encode_dataset(
         "num_source_images": len(source),
         "source_fingerprint": source.fingerprint(),
         "shard_size": shard_size,
+        "features": None if features is None else _describe(features),
     }
     _check_folder(folder, job)
     if (folder / "index.json").is_file():
@@ -116,7 +111,7 @@ def encode_dataset(
     stream = OrderedBatches(
         source, image_size, [c for parts in chunks.values() for c in parts], views=views, num_workers=num_workers, on_bad_image=on_bad_image
     )
-    encoded = _encode_batches(tokenizer, stream, source, job, progress)
+    encoded = encode_batches(tokenizer, features, stream, source, job, progress)
     try:
         for shard, parts in chunks.items():
             before = set(stream.bad_images)
@@ -135,7 +130,7 @@ def encode_dataset(
     return EncodedDataset(folder).index
 
 
-def _kind(codebook_size: int | None, dtype: str, storage: str) -> dict[str, Any]:
+def _kind(codebook_size: int | None, dtype: str, storage: str, posterior: bool) -> dict[str, Any]:
     """The part of a job that says what is stored."""
     for name, value, choices in (("dtype", dtype, get_args(LatentDtype)), ("storage", storage, get_args(Storage))):
         if value not in choices:
@@ -143,10 +138,16 @@ def _kind(codebook_size: int | None, dtype: str, storage: str) -> dict[str, Any]
     if codebook_size is None:
         if storage != "auto":
             raise UserError(f"storage {storage} is for discrete codes, but the tokenizer makes continuous latents; leave it at auto")
-        return {"kind": "latents", "dtype": dtype}
+        return {"kind": "latents", "dtype": dtype, "posterior": posterior}
+    if posterior:
+        raise UserError("posterior is of continuous latents, but the tokenizer makes discrete codes; leave it out")
     if dtype != "float32":
         raise UserError(f"dtype {dtype} is for continuous latents, but the tokenizer makes discrete codes; leave it at float32")
     return {"kind": "codes", "storage": storage}
+
+
+def _describe(features: FeatureNetwork) -> dict[str, Any]:
+    return asdict(StoredFeatures(network=features.name, hash=features.hash, tokens_per_side=features.tokens_per_side, dim=features.dim))
 
 
 def _check_folder(folder: Path, job: dict[str, Any]) -> None:
@@ -199,67 +200,40 @@ def _chunks(first: int, length: int, size: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + size, first + length)) for start in range(first, first + length, size)]
 
 
-def _encode_batches(
-    tokenizer: Encoder, stream: OrderedBatches, source: ImageSource, job: dict[str, Any], progress: Progress
-) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """(codes [B, V, *code_shape] as they are stored, labels [B]) of every chunk of the stream; B may be 0."""
-    for chunk, batch in zip(stream.chunks, stream, strict=True):
-        images = batch["images"]  # [B, V, H, W, 3]
-        num, views = images.shape[:2]
-        codes = np.empty((0, views))
-        if num:
-            with torch.inference_mode():
-                flat = tokenizer.encode(from_uint8(images.reshape(num * views, *images.shape[2:])).to(tokenizer.device))
-            codes = _as_stored(flat, job).reshape(num, views, *flat.shape[1:])
-            if job["kind"] == "latents" and not (finite := np.isfinite(codes.reshape(num, -1)).all(1)).all():
-                name = source.name(int(batch["indices"][int(np.argmin(finite))]))
-                mend = "encode with dtype float32" if job["dtype"] == "float16" else "the tokenizer is broken, take an earlier checkpoint"
-                raise UserError(f"{name}: its latents are NaN, infinite or too large for {job['dtype']}; {mend}")
-        progress.advance(len(chunk))
-        yield codes, batch["labels"]
-
-
-def _as_stored(codes: Tensor, job: dict[str, Any]) -> np.ndarray:
-    array: np.ndarray
-    if job["kind"] == "latents":
-        array = codes.to(getattr(torch, job["dtype"])).cpu().numpy()
-        return array
-    array, size = codes.cpu().numpy(), job["codebook_size"]
-    assert array.min() >= 0 and array.max() < size, "the tokenizer made a code outside its codebook"
-    return array.astype(code_dtype(size))
-
-
-def _write_arrays(folder: Path, shard: int, batches: Iterable[tuple[np.ndarray, np.ndarray]], job: dict[str, Any]) -> dict[str, Any]:
-    """Codes and labels of one shard as they come; returns what its note says of them."""
-    path = folder / f"codes-{shard:05d}.npy"
+def _write_arrays(folder: Path, shard: int, batches: Iterable[EncodedBatch], job: dict[str, Any]) -> dict[str, Any]:
+    """All parts and labels of one shard as they come; returns what its note says of them."""
     is_used = np.zeros(job["codebook_size"] or 0, dtype=bool)
-    array: GrowingArray | None = None
+    arrays: dict[str, GrowingArray] = {}
     labels = [np.empty(0, dtype=np.int64)]
     try:
-        for codes, batch_labels in batches:
-            labels.append(batch_labels)
-            if not len(codes):
-                continue
-            if array is None:
-                array = GrowingArray(path, codes.dtype, codes.shape[1:])
-            array.append(codes)
-            if job["kind"] == "codes":
-                is_used[codes.ravel()] = True
+        for batch in batches:
+            labels.append(batch.labels)
+            for part, rows in batch.parts.items():
+                if part not in arrays:
+                    arrays[part] = GrowingArray(folder / f"{part}-{shard:05d}.npy", rows.dtype, rows.shape[1:])
+                arrays[part].append(rows)
+            if job["kind"] == "codes" and "codes" in batch.parts:
+                is_used[batch.parts["codes"].ravel()] = True
     except BaseException:
-        if array is not None:
+        for array in arrays.values():
             array.discard()
         raise
-    if array is not None:
+    for array in arrays.values():
         array.finish()
     labels_path = folder / f"labels-{shard:05d}.npy"
     write_whole(labels_path, lambda file: np.save(file, np.concatenate(labels)))
     note = {
-        "codes": path.name,
+        **{part: f"{part}-{shard:05d}.npy" for part in _parts(job)},
         "labels": labels_path.name,
-        "count": array.count if array else 0,
-        "code_shape": list(array.row_shape[1:]) if array else [],
+        "count": arrays["codes"].count if arrays else 0,
+        "code_shape": list(arrays["codes"].row_shape[1:]) if arrays else [],
     }
     return note | ({"used": np.packbits(is_used).tobytes().hex()} if job["kind"] == "codes" else {})
+
+
+def _parts(job: dict[str, Any]) -> list[str]:
+    """The files that a shard has, beside its labels."""
+    return ["codes", *(["deviations"] if job.get("posterior") else []), *(["features"] if job["features"] else [])]
 
 
 def _make_index(folder: Path, job: dict[str, Any], num_shards: int, source: ImageSource) -> dict[str, Any]:
@@ -278,12 +252,12 @@ def _make_index(folder: Path, job: dict[str, Any], num_shards: int, source: Imag
         "label_names": source.label_names,
         "source": source.spec,
         "genvision": __version__,
-        "shards": [{key: note[key] for key in ("codes", "labels", "count")} for note in filled],
+        "shards": [{key: note[key] for key in (*_parts(job), "labels", "count")} for note in filled],
         "bad_images": bad,
     }
     if job["kind"] == "codes" and all("used" in note for note in filled):  # shards of earlier versions do not say which codes they use
         index |= _stored_small(folder, index, [note["used"] for note in filled])
-    num_bytes = sum(open_shard(folder, shard, index).nbytes for shard in index["shards"])
+    num_bytes = sum(part.nbytes for shard in index["shards"] for part in open_shard(folder, shard, index).values())
     original = source.encoded_bytes()
     return index | {
         "bytes_per_image": num_bytes / index["num_images"],
@@ -323,4 +297,6 @@ def _clean(folder: Path, index: dict[str, Any]) -> None:
 
 def _short(value: Any) -> Any:
     """Hashes are told apart by their beginning."""
-    return value[:12] if isinstance(value, str) else value
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(part)}" for key, part in value.items())
+    return value[:12] if isinstance(value, str) and len(value) == HASH_LENGTH else value

@@ -2,19 +2,36 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from genvision.card import write_card
-from genvision.convert import load_official
+from genvision.convert import FAMILIES, containers, load_official
 from genvision.convert.readers import read_state_dict
 from genvision.errors import UserError
 from genvision.pipeline import INDEX, ImagePipeline, read_index, save_parts
 from genvision.presets import Preset, find_preset
-from genvision.samplers.autoregressive import AutoregressiveSampler
+from genvision.samplers.base import SAMPLERS, Sampler
 from genvision.training.state import write_atomically
 
 HUB = "hub:"
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+DIFFUSERS_DIT = ("DiTTransformer2DModel", "Transformer2DModel")
+"""Class names in the config.json of a DiT that diffusers wrote; the second is that of the files of 2022."""
+SIZES = ("input_size", "in_channels", "patch_size", "hidden_dim", "depth", "num_heads", "num_classes", "learn_sigma")
+"""What a folder of diffusers must agree on with the preset under whose name it is imported."""
+SAMPLER_OF = {
+    "llamagen-gpt": "AutoregressiveSampler",
+    "dit": "DiffusionSampler",
+    "diffusers-dit": "DiffusionSampler",
+    "sit": "FlowSampler",
+    "lightningdit": "FlowSampler",
+    "repa-sit": "FlowSampler",
+}
+"""Family of a generator to the class, of `genvision.samplers.base.SAMPLERS`, that draws with it."""
 
 
 def import_checkpoint(name: str, file: Path | str, out: Path, *, weights: str | None = None, download: bool = False) -> list[str]:
@@ -22,9 +39,10 @@ def import_checkpoint(name: str, file: Path | str, out: Path, *, weights: str | 
 
     Args:
         name: of a preset.
-        file: the official checkpoint; of an AutoencoderKL also a diffusers folder, or hub:OWNER/NAME, which then say how it is built.
+        file: the official checkpoint; of an AutoencoderKL also a diffusers folder, or hub:OWNER/NAME, which then say how it is built; of a
+            DiT also the folder of a diffusers DiTPipeline, whose vae becomes the tokenizer, or its folder `transformer`.
         out: pipeline folder, new or with other components in it.
-        weights: which weights of a training checkpoint to take (`model`, `ema`).
+        weights: which weights of a training checkpoint to take (`model`, `ema`); the family's own choice unless told.
         download: fetch hub:OWNER/NAME if it is not in the Hub's cache.
 
     Returns:
@@ -34,18 +52,18 @@ def import_checkpoint(name: str, file: Path | str, out: Path, *, weights: str | 
         UserError: unknown preset; unreadable or unfitting file; the component is already there.
     """
     preset = find_preset(name)
-    if (out / preset.component).exists():
-        raise UserError(f"{out / preset.component}: already there; choose another --out, or delete it first")
+    _check_free(out, preset.component)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not (out / INDEX).is_file():
         raise UserError(f"{out}: already holds something that is no model; choose another --out")
-    module = _read(preset, file, weights, download)
-    parts: dict[str, Any] = {preset.component: module}
+    parts = _read(preset, file, weights, download)
+    for part in parts:
+        _check_free(out, part)
     label_names = None
     if preset.component == "generator":
-        parts["sampler"] = AutoregressiveSampler(**preset.sampler)
-        label_names = imagenet_label_names() if module.num_classes == 1000 else None
+        parts["sampler"] = default_sampler(preset)
+        label_names = imagenet_label_names() if parts["generator"].num_classes == 1000 else None
     fresh, index = not out.exists(), read_index(out) if (out / INDEX).is_file() else None
     try:
         save_parts(out, parts, label_names)
@@ -60,16 +78,70 @@ def import_checkpoint(name: str, file: Path | str, out: Path, *, weights: str | 
     return missing
 
 
-def _read(preset: Preset, file: Path | str, weights: str | None, download: bool) -> Any:
-    """The component, from a file, a folder of diffusers or the Hub."""
-    folder = _from_hub(str(file).removeprefix(HUB), download) if str(file).startswith(HUB) else Path(file)
-    if not folder.is_dir():
-        return load_official(preset.family, read_state_dict(folder, weights), preset.config, source=str(file))
+def default_sampler(preset: Preset) -> Sampler:
+    """The sampler of a generator's family with the published protocol."""
+    class_name = SAMPLER_OF[preset.family]
+    sampler: Sampler = getattr(import_module(SAMPLERS[class_name]), class_name)(**preset.sampler)
+    return sampler
+
+
+def _check_free(out: Path, part: str) -> None:
+    if (out / part).exists():
+        raise UserError(f"{out / part}: already there; choose another --out, or delete it first")
+
+
+def _read(preset: Preset, file: Path | str, weights: str | None, download: bool) -> dict[str, Any]:
+    """The components that a file, a folder of diffusers or the Hub holds."""
+    from_hub = str(file).startswith(HUB)
+    if from_hub and preset.family != "autoencoder-kl":
+        raise UserError(f"{file}: only an AutoencoderKL is fetched from the Hub; give the downloaded file or folder, {preset.file}")
+    path = _from_hub(str(file).removeprefix(HUB), download) if from_hub else Path(file)
+    if not path.is_dir():
+        state = read_state_dict(path, weights, prefer=containers(preset.family))
+        return {preset.component: load_official(preset.family, state, preset.config, source=str(file))}
+    if preset.family in ("dit", "diffusers-dit"):
+        return _read_diffusers_dit(preset, path)
     if preset.family != "autoencoder-kl":
         raise UserError(f"{file}: is a folder; give the checkpoint file, {preset.file}")
     from genvision.tokenizers.kl import KLTokenizer
 
-    return KLTokenizer.from_diffusers(folder)
+    return {preset.component: KLTokenizer.from_diffusers(path)}
+
+
+def _read_diffusers_dit(preset: Preset, folder: Path) -> dict[str, Any]:
+    """The DiT of a folder, which says itself how it is built, and the tokenizer that stands beside it in a whole pipeline."""
+    transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    generator = _read_diffusers(transformer, "diffusers-dit", DIFFUSERS_DIT, {})
+    with torch.device("meta"):
+        published, _ = FAMILIES[preset.family]({}, preset.config)
+    ours, wanted = dict(generator.config), dict(published.config)  # type: ignore[arg-type]
+    for key in SIZES:
+        if ours[key] != wanted[key]:
+            raise UserError(
+                f"{transformer}: {key} is {ours[key]}, the published model has {wanted[key]}; import it under the name of its size"
+            )
+    if transformer == folder or not (folder / "vae").is_dir():
+        return {"generator": generator}
+    tokenizer = _read_diffusers(folder / "vae", "autoencoder-kl", ("AutoencoderKL",), {"sample_size": preset.image_size})
+    return {"generator": generator, "tokenizer": tokenizer}
+
+
+def _read_diffusers(folder: Path, family: str, class_names: tuple[str, ...], changes: dict[str, Any]) -> Any:
+    """One model of diffusers, built as its config.json says but for `changes`."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        class_name = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise UserError(
+            f"{folder / 'config.json'}: {why}; give the folder of a diffusers DiTPipeline, or its folder transformer"
+        ) from error
+    if class_name not in class_names:
+        raise UserError(f"{folder / 'config.json'}: describes a {class_name}, expected {' or '.join(class_names)}")
+    file = next((folder / name for name in DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder}: holds none of {', '.join(DIFFUSERS_WEIGHTS)}; fetch the folder again")
+    return load_official(family, read_state_dict(file), config | changes, source=str(file))
 
 
 def _from_hub(name: str, download: bool) -> Path:

@@ -13,32 +13,25 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from genvision import __version__
 from genvision.config import model_class, save_config
 from genvision.convert.readers import fill
-from genvision.data.datasets import BatchStream, ImageDataset, bad_images_summary, batches
-from genvision.data.encoded import EncodedDataset
-from genvision.data.sources import open_source
+from genvision.data.datasets import BatchStream, bad_images_summary, batches
 from genvision.errors import UserError
 from genvision.images import make_grid, save_png, to_uint8
-from genvision.models.llamagen import LlamaGen
-from genvision.objectives.next_token import NextToken
-from genvision.pipeline import ImagePipeline, save_parts
+from genvision.jobs.train_generator import PREVIEW_COLUMNS, GeneratorJob, image_dataset
+from genvision.pipeline import save_parts
 from genvision.processes import process_state
-from genvision.samplers.autoregressive import AutoregressiveSampler
-from genvision.tokenizers.base import content_hash, load_tokenizer
+from genvision.tokenizers.base import load_tokenizer
 from genvision.tokenizers.lpips import LPIPSOptions, load_lpips
 from genvision.tokenizers.perceptual import TimmPerceptual
 from genvision.training import rng
 from genvision.training.adversary import Discrimination
 from genvision.training.config import TrainConfig
-from genvision.training.generator_stage import GeneratorStage
 from genvision.training.loop import train
 from genvision.training.optim import freeze_all_but
 from genvision.training.tokenizer_loss import TokenizerLossConfig
 from genvision.training.tokenizer_stage import TokenizerStage
 
-PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
 FREE_TO_CHANGE = {
     "num_steps",
     "log_every",
@@ -65,7 +58,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
         accelerator = Accelerator(mixed_precision=config.train.precision, log_with=config.train.tracker, project_dir=str(output))
     except ValueError as error:
         raise UserError(f"train.precision {config.train.precision}: {' '.join(str(error).split())}") from error
-    job = _TokenizerJob(config) if config.stage == "tokenizer" else _GeneratorJob(config)
+    job = _TokenizerJob(config) if config.stage == "tokenizer" else GeneratorJob(config)
     if accelerator.is_main_process:
         _prepare_output(config, output, resume)
     accelerator.wait_for_everyone()
@@ -77,7 +70,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
         raise
 
 
-def _run(config: TrainConfig, accelerator: Accelerator, job: "_TokenizerJob | _GeneratorJob", output: Path, resume: bool) -> Path | None:
+def _run(config: TrainConfig, accelerator: Accelerator, job: "_TokenizerJob | GeneratorJob", output: Path, resume: bool) -> Path | None:
     if config.train.tracker:
         accelerator.init_trackers("genvision", config={"config": yaml.safe_load((output / "config.yaml").read_text())})
     streams: list[BatchStream] = []
@@ -174,7 +167,7 @@ class _TokenizerJob:
             raise UserError(
                 "loss.adversarial.adaptive compares gradients at the last layer, which optim.train_only leaves out; add decoder to it"
             )
-        self.dataset = _image_dataset(config, data.image_size)
+        self.dataset = image_dataset(config, data.image_size)
         self.num_workers = data.num_workers
         loop = config.train
         self.stage = TokenizerStage(
@@ -213,69 +206,3 @@ def load_perceptual(loss: TokenizerLossConfig) -> nn.Module | None:
         size = loss.perceptual_image_size
         return TimmPerceptual(loss.perceptual_model, weights=weights, pretrained=loss.perceptual_download, image_size=size)
     return None
-
-
-class _GeneratorJob:
-    """Codes and labels in, a pipeline folder out."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        if config.tokenizer is None:
-            raise UserError("tokenizer is missing; give the folder of the tokenizer, for example --tokenizer runs/vq/model")
-        self.tokenizer = load_tokenizer(config.tokenizer)
-        data = config.data
-        self.dataset: Any
-        if data.spec.startswith("encoded:"):
-            self.dataset = EncodedDataset(
-                data.spec.removeprefix("encoded:"), expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed
-            )
-            code_shape = tuple(self.dataset.code_shape)
-            self.num_workers = 0  # memory-mapped codes need no decoding
-        else:
-            size = data.image_size or self.tokenizer.spec.image_size
-            self.tokenizer.check_image_size(size)
-            self.dataset = _image_dataset(config, size)
-            code_shape = self.tokenizer.spec.code_shape(size)
-            self.num_workers = data.num_workers
-        if not self.tokenizer.spec.discrete:
-            raise UserError(f"{config.tokenizer}: makes continuous latents, but llamagen needs a tokenizer with a codebook")
-        if len(code_shape) > 2 or (len(code_shape) == 2 and code_shape[0] != code_shape[1]):
-            raise UserError(f"{data.spec}: codes of shape {code_shape} are neither a square grid nor a sequence, which llamagen needs")
-        places = {"grid_size": code_shape[0]} if len(code_shape) == 2 else {"sequence_length": code_shape[0]}
-        options = {name: value for name, value in config.model.items() if name != "name"}
-        if options.get("condition", "class") != "class":
-            raise UserError(f"model.condition {options['condition']}: the data has labels only; set it to class")
-        names = list(self.dataset.label_names)
-        num_classes = options.pop("num_classes", None) or len(names)
-        highest = int(self.dataset.labels.max())
-        if highest >= num_classes:
-            raise UserError(f"{data.spec}: has label {highest}, but model.num_classes is {num_classes}; it must be at least {highest + 1}")
-        self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
-        codebook_size = self.tokenizer.spec.codebook_size
-        with rng.seeded(config.seed):
-            self.model = LlamaGen(codebook_size=codebook_size, num_classes=num_classes, **places, **options)
-        self.sampler = AutoregressiveSampler(**config.sampler)
-        if self.sampler.guidance.scale != 1 and not self.model.has_null_label:
-            raise UserError("sampler.guidance_scale needs a null class, but model.class_dropout is 0; raise it, or set guidance_scale to 1")
-        self.stage = GeneratorStage(self.model, NextToken(codebook_size), self.tokenizer)
-
-    def preview(self, folder: Path, step: int) -> None:
-        """Some images of some classes, a class a row; the same numbers at every step."""
-        classes = np.linspace(0, len(self.label_names) - 1, min(PREVIEW_ROWS, len(self.label_names))).astype(int)
-        pipeline = self.pipeline()
-        pipeline.tokenizer.to(self.model.device)
-        images = pipeline(np.repeat(classes, PREVIEW_COLUMNS).tolist(), output_type="np").images
-        names = [self.label_names[i] for i in classes]
-        save_png(make_grid(images, PREVIEW_COLUMNS, row_names=names), folder / f"step_{step:08d}.png")
-
-    def pipeline(self) -> ImagePipeline:
-        return ImagePipeline(self.model, self.tokenizer, self.sampler, self.label_names)
-
-    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        self.pipeline().save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance, "genvision": __version__})
-
-
-def _image_dataset(config: TrainConfig, image_size: int) -> ImageDataset:
-    data = config.data
-    return ImageDataset(
-        open_source(data.spec), image_size, crop=data.crop, flip=data.flip, seed=config.seed, on_bad_image=data.on_bad_image
-    )

@@ -3,9 +3,9 @@
 Shapes: B images, latents [B, c, h, w] (or [B, c, L]), N tokens of width C, R rows of conditions, M modulation values a row.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         mlp_ratio: width of the feed-forward block over C (SwiGLU takes two thirds of it).
         num_classes: classes; the null label is this number.
         class_dropout: probability of dropping the label in training; 0 leaves out the null class.
-        learn_sigma: the head has 2c channels; the second half is the variance of `ddpm`, and left out of the output on other paths, as in SiT.
+        learn_sigma: the head has 2c channels; the second half is the variance of `ddpm`, and left out of the output on other paths (SiT).
         norm: `layer` (without weights) or `rms` (with them).
         mlp: `gelu` or `swiglu`.
         use_rope: turn queries and keys by row and column, besides the position table.
@@ -120,7 +120,9 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         if not 0 <= class_dropout <= 1:
             raise UserError(f"class_dropout must lie in 0 .. 1, got {class_dropout}")
         if hidden_dim % num_heads or hidden_dim % 4 or (use_rope and (hidden_dim // num_heads) % 4):
-            raise UserError(f"hidden_dim {hidden_dim} must be a multiple of 4, and num_heads {num_heads} times a multiple of 4 for use_rope")
+            raise UserError(
+                f"hidden_dim {hidden_dim} must be a multiple of 4, and num_heads {num_heads} times a multiple of 4 for use_rope"
+            )
         if sequence_length is None and input_size % patch_size:
             raise UserError(f"input_size {input_size} must be a multiple of patch_size {patch_size}")
         if not 0 <= align_depth <= depth or bool(align_depth) != bool(align_dims):
@@ -167,7 +169,8 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         drop: Tensor | None = None,
         scale: Tensor | None = None,
         modulation: Tensor | None = None,
-    ) -> Tensor:
+        with_features: bool = False,
+    ) -> Any:
         """The prediction for noisy latents.
 
         Args:
@@ -177,19 +180,15 @@ class DiT(Generator, ModelMixin, ConfigMixin):
             drop: boolean [B], whose label is replaced by the null one; None draws it in training.
             scale: [B], the guidance scale, only of scale-conditioned models.
             modulation: [B, M] from `modulation_rows`, which stands for t, labels, drop and scale.
+            with_features: give the projected hidden states behind block `align_depth`, too (REPA).
 
         Returns:
-            [B, out_channels, ...]; with a learned variance its coefficients are the second half of the channels.
+            [B, out_channels, ...]; with a learned variance its coefficients are the second half of the channels. With features, also a
+            list of [B, N, Z], one for each projector.
         """
-        return self.unpatchify(self._run(x, t, labels, drop, scale, modulation)[0])
-
-    def forward_with_features(
-        self, x: Tensor, t: Tensor, labels: Tensor, *, drop: Tensor | None = None, scale: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """`forward`, and the projected hidden states [B, N, Z] behind block `align_depth` (REPA)."""
-        tokens, hidden = self._run(x, t, labels, drop, scale, None)
-        assert hidden is not None
-        return self.unpatchify(tokens), [projector(hidden) for projector in self.projectors]
+        tokens, hidden = self._run(x, t, labels, drop, scale, modulation)
+        output = self.unpatchify(tokens)
+        return (output, [projector(hidden) for projector in self.projectors]) if with_features else output
 
     def modulation_rows(self, t: Tensor, labels: Tensor, drop: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """All that depends on time and class, for a sampler that meets the same times and classes many times: [R, M]."""
@@ -288,9 +287,7 @@ def make_norm(kind: str, dim: int, eps: float = 1e-6) -> nn.Module:
 class Block(nn.Module):
     """x + gate * attention(modulated norm x), then the same with the feed-forward block; all gates start at zero."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp: nn.Module, norm: str, *, qk_norm: bool, use_shift: bool, norm2_eps: float
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp: nn.Module, norm: str, *, qk_norm: bool, use_shift: bool, norm2_eps: float) -> None:
         super().__init__()
         self.use_shift = use_shift
         self.norm1 = make_norm(norm, dim)

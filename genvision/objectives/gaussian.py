@@ -32,7 +32,7 @@ class GaussianDiffusion:
     @classmethod
     def linear(cls) -> "GaussianDiffusion":
         """The schedule of DDPM and DiT: beta from 1e-4 to 0.02 in 1,000 steps."""
-        return cls(torch.linspace(1e-4, 0.02, NUM_TRAINING_STEPS, dtype=torch.float64), torch.arange(NUM_TRAINING_STEPS))
+        return cls(torch.from_numpy(np.linspace(1e-4, 0.02, NUM_TRAINING_STEPS)), torch.arange(NUM_TRAINING_STEPS))
 
     def respaced(self, num_steps: int, spacing: Spacing = "even") -> "GaussianDiffusion":
         """The same diffusion on fewer steps: beta'_i = 1 - ab_i / ab_(i - 1) on those kept (arXiv:2102.09672, section 4)."""

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genvision.objectives.base import Objective
+
 
 def next_token_loss(logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats.
@@ -23,7 +25,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, valid: Tensor | None = None
     return (losses * weights).sum() / weights.sum().clamp(min=1)
 
 
-class NextToken:
+class NextToken(Objective):
     """Loss of a generator of the LlamaGen kind on a batch of codes and labels."""
 
     def __init__(self, codebook_size: int) -> None:

@@ -22,6 +22,9 @@ class DataConfig:
     """Processes that decode images; 0 decodes in the training process."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What an unreadable image does."""
+    posterior: Literal["mean", "sample"] = "mean"
+    """Latents of a variational tokenizer: its posterior's mean, or a new sample at every visit (DiT, SiT); an encoded data set for
+    sampling is made with genvision encode --posterior."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
@@ -82,6 +85,8 @@ class LoopConfig:
     ema_decays: tuple[float, ...] = (0.9999,)
     """Averages of the weights that are kept; the first is what the saved model holds. Empty: the plain weights.
     The decay is smaller in the first steps, see genvision.training.ema."""
+    ema_warmup: bool = True
+    """Begin the averages with smaller decays; false keeps the decay from the first step on, as DiT does."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 5000

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class EMA:
@@ -12,13 +14,14 @@ class EMA:
 
     Args:
         model: the source; read at construction and at every `update`.
-        decays: one average each; average <- decay * average + (1 - decay) * weights. Early on the decay is smaller: at step n it is
-            at most (1 + n) / (10 + n), or a short run would end with an average of little but its random start.
+        decays: one average each; average <- decay * average + (1 - decay) * weights.
+        warmup: early on the decay is smaller, at step n at most (1 + n) / (10 + n), or a short run would end with an average of little
+            but its random start. Without it the decay is the same from the first step on, as in DiT.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
-        self.model, self.decays = model, decays
+    def __init__(self, model: nn.Module, decays: tuple[float, ...], *, warmup: bool = True) -> None:
+        self.model, self.decays, self.warmup = model, decays, warmup
         self.averages = {decay: {name: tensor.detach().clone() for name, tensor in model.state_dict().items()} for decay in decays}
         self._trained = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
 
@@ -32,10 +35,14 @@ class EMA:
             for name in source.keys() - self._trained:
                 average[name].copy_(source[name])
 
-    @staticmethod
-    def decay_at(step: int, decay: float) -> float:
-        """The decay in effect after `step` steps: `decay` in the end (from step 90,000 on if it is 0.9999)."""
-        return min(decay, (1 + step) / (10 + step))
+    def decay_at(self, step: int, decay: float) -> float:
+        """The decay in effect after `step` steps: with a warm-up `decay` in the end (from step 90,000 on if it is 0.9999)."""
+        return min(decay, (1 + step) / (10 + step)) if self.warmup else decay
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass with the first average in place of its own weights."""
+        return functional_call(self.model, self.averages[self.decays[0]], args, kwargs)
 
     @contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:

@@ -1,13 +1,14 @@
 """Training a generator: its objective on codes, from an encoded data set or through a frozen tokenizer."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-Objective = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+from genvision.objectives.base import Objective
+from genvision.streams import IndexedStreams, Purpose
+from genvision.training.ema import EMA
 
 
 class GeneratorStage:
@@ -17,10 +18,24 @@ class GeneratorStage:
         model: the generator.
         objective: gives named terms, `loss` among them; its `baselines` are shown beside them.
         tokenizer: makes codes of batches that hold images; it stays as it is.
+        features: makes a frozen network's features of such images [B, N, Z], where the objective wants them.
+        sample_posterior: of batches that hold images: draw latents from the posterior instead of taking its mean.
+        seed: of those samples.
     """
 
-    def __init__(self, model: nn.Module, objective: Any, tokenizer: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        tokenizer: nn.Module,
+        *,
+        features: nn.Module | None = None,
+        sample_posterior: bool = False,
+        seed: int = 0,
+    ) -> None:
         self.model, self.objective, self.tokenizer = model, objective, tokenizer.requires_grad_(False).eval()
+        self.features = features.requires_grad_(False).eval() if features is not None else None
+        self.sample_posterior, self.seed = sample_posterior, seed
         self.baselines: dict[str, float] = objective.baselines
         self.adversary = None
 
@@ -30,9 +45,21 @@ class GeneratorStage:
             # codes are made in float32 whatever the generator's precision, as `genvision encode` makes them
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                 self.tokenizer.to(images.device)
-                batch = {"codes": self.tokenizer.encode(images), "labels": batch["labels"]}  # type: ignore[operator]
-        terms: dict[str, Tensor] = self.objective(model, batch)
-        return terms
+                batch = {**batch, "codes": self._codes(images, batch["positions"])}
+                if self.features is not None:
+                    batch["features"] = self.features.to(images.device)(images)
+        return self.objective(model, batch)
+
+    def _codes(self, images: Tensor, positions: Tensor) -> Tensor:
+        if not self.sample_posterior:
+            codes: Tensor = self.tokenizer.encode(images)  # type: ignore[operator]
+            return codes
+        mean, std = self.tokenizer.posterior(images)  # type: ignore[operator]
+        noise = IndexedStreams(self.seed, positions.tolist()).normal(Purpose.POSTERIOR, mean.shape[1:])
+        return torch.addcmul(mean, std, noise.to(mean.device))
+
+    def before_step(self, step: int, averages: EMA) -> None:
+        self.objective.begin_step(step, averages if averages.decays else None)
 
     def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
         return {}

@@ -43,6 +43,9 @@ class Stage(Protocol):
     def adversary(self) -> "Adversary | None":
         """A second network with an optimiser of its own, trained on the same batches right behind the model; None where there is none."""
 
+    def before_step(self, step: int, averages: EMA) -> None:
+        """Called when `step` steps are done, before the next one's batch; `averages` calls the model with its averaged weights."""
+
     def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
         """Called when `step` steps are done, before averages are taken; returns values to log."""
 
@@ -127,7 +130,7 @@ class _Run:
         if stage.adversary is not None:
             files = ("adversary.safetensors", "adversary_optimizer.pt")
             self.trainees.append(Trainee(stage.adversary.network, stage.adversary.optim, steps, accelerator, files=files, wrap=False))
-        self.ema = EMA(stage.model, loop.ema_decays)
+        self.ema = EMA(stage.model, loop.ema_decays, warmup=loop.ema_warmup)
         self.step = self.skipped = 0
         rng.start(config.seed, 0, accelerator.process_index)
 
@@ -144,6 +147,7 @@ class _Run:
         batches = iter(stream(self.step, accelerator.process_index, accelerator.num_processes))
         with _Interrupt() as interrupt:
             while self.step < loop.num_steps:
+                self.stage.before_step(self.step, self.ema)
                 extra = self._one_step(next(batches), log)
                 self.step += 1
                 extra |= self.stage.after_step(self.step, accelerator)

@@ -13,6 +13,7 @@ from genvision.errors import UserError
 from genvision.tokenizers.base import TokenizerOutput
 from genvision.tokenizers.codebook import CodebookUsage, revive_dead_codes
 from genvision.training.adversary import Discrimination
+from genvision.training.ema import EMA
 from genvision.training.tokenizer_loss import TokenizerLossConfig
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -89,6 +90,9 @@ class TokenizerStage:
         if output.z is not None:
             self.latest_z = output.z.detach()
         return {"loss": loss, "reconstruction_blank": blank, **terms, **output.losses}
+
+    def before_step(self, step: int, averages: EMA) -> None:
+        """Nothing depends on it."""
 
     @torch.no_grad()
     def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:

@@ -5,9 +5,8 @@ import torch
 
 from genvision.convert import FAMILIES, load_official
 from genvision.errors import UserError
-from genvision.jobs.import_official import imagenet_label_names
+from genvision.jobs.import_official import default_sampler, imagenet_label_names
 from genvision.presets import PRESETS, find_preset, format_preset, format_presets
-from genvision.samplers.autoregressive import AutoregressiveSampler
 from parity_fixtures import manifest
 
 RECORDED = {
@@ -25,8 +24,24 @@ RECORDED = {
     "titok-s-128": "titok_s128",
     "titok-bl-128-vq8k": "titok_bl128_vq8k",
     "titok-bl-128-vae-c16": "titok_bl128_vae_c16",
+    "dit-xl-2-256": "dit_xl_2",
+    "dit-xl-2-512": "dit_xl_2_512",
+    "dit-xl-2-256-diffusers": "diffusers_dit_xl_2_256",
+    "sit-xl-2-256": "sit_xl_2",
+    "sit-xl-2-mg-256": "sit_xl_2_mg",
+    "repa-sit-xl-2-256": "repa_sit_xl_2",
+    "lightningdit-xl-1-256": "lightningdit_xl_1",
+    "lightningdit-xl-1-256-64ep": "lightningdit_xl_1",
 } | {f"llamagen-c2i-{size}-{side}": f"llamagen_gpt_{size}_c2i_{side}" for size in ("b", "l", "xl", "xxl", "3b") for side in (256, 384)}
 """Presets whose official checkpoints' tensors are recorded."""
+NETWORK_CALLS = {
+    "dit-xl-2-256": 500,
+    "dit-xl-2-512": 500,
+    "dit-xl-2-256-diffusers": 100,
+    "sit-xl-2-256": 500,
+    "sit-xl-2-mg-256": 250,
+}
+"""Of one image under the published protocol, where that is told in whole."""
 
 
 def test_only_two_presets_are_not_recorded():
@@ -40,7 +55,7 @@ def test_a_preset_has_the_size_that_it_says(name):
         module, _ = FAMILIES[preset.family]({}, preset.config)
     assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(preset.million_parameters, abs=0.06)
     if preset.component == "generator":
-        assert module.grid_size * 16 == preset.image_size
+        assert module.code_shape[-1] * (8 if module.code_shape[0] == 4 else 16) == preset.image_size
         assert module.num_classes == len(imagenet_label_names()) == 1000
     else:
         assert module.spec.image_size == preset.image_size
@@ -71,10 +86,37 @@ def test_arguments_equal_the_recorded_ones(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_published_protocol_is_one_of_the_sampler(name):
     preset = PRESETS[name]
-    if preset.component == "generator":
-        assert AutoregressiveSampler(**preset.sampler).guidance.scale > 1
-    else:
+    if preset.component == "tokenizer":
         assert preset.sampler == {}
+        return
+    with torch.device("meta"):
+        module, _ = FAMILIES[preset.family]({}, preset.config)
+    sampler = default_sampler(preset)
+    sampler.check(module)
+    assert (sampler.guidance.scale > 1) == (name != "sit-xl-2-mg-256")
+    if name in NETWORK_CALLS:
+        assert sampler.network_calls(module) == NETWORK_CALLS[name] and f"{NETWORK_CALLS[name]} network calls" in preset.notes
+
+
+def test_intervals_of_guidance_are_those_of_the_papers():
+    """LightningDiT guides from t = 0.125 or 0.1 after the noise on, REPA where its own time, 1 at the noise, is at most 0.7."""
+    for name, start in (("lightningdit-xl-1-256", 0.125), ("lightningdit-xl-1-256-64ep", 0.1), ("repa-sit-xl-2-256", 0.3)):
+        preset = PRESETS[name]
+        with torch.device("meta"):
+            module, _ = FAMILIES[preset.family]({}, preset.config)
+        sampler = default_sampler(preset)
+        before = [decides for _, decides in sampler.evaluations(module) if 1 - decides < start - 1e-9]
+        assert sampler.network_calls(module) == 2 * len(sampler.evaluations(module)) - len(before)
+        assert 0 < len(before) < len(sampler.evaluations(module)) == sampler.config["num_steps"]
+
+
+def test_lightningdit_takes_the_points_of_time_of_its_shift():
+    preset = PRESETS["lightningdit-xl-1-256"]
+    with torch.device("meta"):
+        module, _ = FAMILIES[preset.family]({}, preset.config)
+    t = torch.linspace(0, 1, 250, dtype=torch.float64)  # 0 at the noise
+    official = 0.3 * t / (1 - 0.7 * t)
+    torch.testing.assert_close(1 - torch.tensor(default_sampler(preset).grid(module), dtype=torch.float64), official, atol=1e-12, rtol=0)
 
 
 def test_an_unknown_name_is_told_the_nearest():

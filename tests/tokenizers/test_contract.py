@@ -142,6 +142,19 @@ def test_statistics_belong_to_the_tokenizer(name):
         torch.testing.assert_close(other.decode(latents), plain.decode(z), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["vitok", "vitok, a sequence", "kl", "titok, vae"])
+def test_a_posterior_has_the_latents_for_mean_and_is_standardised_like_them(name):
+    model, images = make(name), pictures(4)
+    with torch.inference_mode():
+        latents, (mean, std) = model.encode(images), model.posterior(images)
+        network_mean, logvar = model.moments(images)
+        assert torch.equal(mean, latents) and std.shape == mean.shape and std.dtype == torch.float32
+        assert (std > 0).all() and std.std() > 0
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+        z = network_mean + (0.5 * logvar).exp() * noise  # as training draws it
+        torch.testing.assert_close(mean + std * noise, model.normalize(z), atol=1e-5, rtol=1e-5)
+
+
 def test_a_folder_of_diffusers_is_a_tokenizer(tmp_path):
     model = make("kl")
     model.register_to_config(latent_mean=0.0, latent_std=2.0)

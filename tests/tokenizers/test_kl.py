@@ -62,6 +62,7 @@ class TestParity:
             close(mean, out["mean"], fixture.atol)
             close(logvar, out["logvar"], fixture.atol)
             close(model.encode(x), 0.18215 * out["mean"], fixture.atol)
+            close(model.posterior(x)[1], 0.18215 * (0.5 * out["logvar"]).exp(), fixture.atol)
             close(model.decode(model.encode(x)), out["recon_mode"], fixture.atol)
             close(model.normalize(out["z"]), out["latent_scaled"], fixture.atol)
             close(model.decode(out["latent_scaled"]), out["recon_z"], fixture.atol)

@@ -201,6 +201,11 @@ def test_latents_are_drawn_in_training_only():
     assert torch.equal(first, second)
 
 
+def test_codes_have_no_posterior():
+    with pytest.raises(UserError, match="codes of a codebook have no posterior; take a tokenizer with quantize_mode 'vae'"):
+        tiny().posterior(pictures())
+
+
 @torch.no_grad()
 def test_codes_of_one_image_do_not_depend_on_its_batch():
     model, images = tiny().eval(), pictures(4)

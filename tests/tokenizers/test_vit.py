@@ -187,6 +187,13 @@ class TestPosterior:
             _, logvar = model.moments(pictures(model))
         assert logvar.max() == 20 and logvar.min() == -30
 
+    def test_a_code_that_is_not_variational_has_no_spread(self):
+        model = tiny(variational=False, latent_std=0.5).eval()
+        x = pictures(model)
+        with torch.no_grad():
+            mean, std = model.posterior(x)
+            assert torch.equal(mean, model.encode(x)) and torch.equal(std, torch.zeros_like(mean))
+
     def test_latents_are_standardised_once_and_undone(self):
         plain, scaled = tiny().eval(), tiny(latent_mean=(1.0, 2.0, 3.0, 4.0, 5.0), latent_std=(1.0, 2.0, 3.0, 4.0, 5.0)).eval()
         x = pictures(plain)

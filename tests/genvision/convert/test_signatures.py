@@ -17,7 +17,14 @@ EXAMPLES = {
     "autoencoder-kl": "sd_vae_kl_f8_compvis",
     "titok": "titok_l32",
     "vitok": "vitok_sb_1x16",
+    "dit": "dit_b_4",
+    "sit": "sit_xl_2",
+    "lightningdit": "lightningdit_xl_1",
+    "repa-sit": "repa_sit_xl_2",
+    "diffusers-dit": "diffusers_dit_xl_2_256",
 }
+SHARED = {"dit": "dit or sit", "sit": "dit or sit"}
+"""Families whose names are the same."""
 
 
 def test_every_family_has_an_example():
@@ -26,7 +33,7 @@ def test_every_family_has_an_example():
 
 @pytest.mark.parametrize("family", EXAMPLES)
 def test_a_family_is_known_by_its_names(family):
-    assert guess_family(manifest(EXAMPLES[family])["tensors"]) == family
+    assert guess_family(manifest(EXAMPLES[family])["tensors"]) == SHARED.get(family, family)
 
 
 def test_layouts_of_one_family_are_known_too():
@@ -34,6 +41,8 @@ def test_layouts_of_one_family_are_known_too():
     assert guess_family(f"first_stage_model.{name}" for name in manifest("sd_vae_kl_f8_compvis")["tensors"]) == "autoencoder-kl"
     assert guess_family(manifest("titok_bl128_vae_c16")["tensors"]) == "titok"
     assert guess_family(manifest("taming_vqgan_imagenet_f16_16384")["tensors"]) == "taming-vqgan"
+    assert guess_family(manifest("sit_xl_2_mg")["tensors"]) == "dit or sit"
+    assert guess_family(f"module.{name}" for name in manifest("lightningdit_xl_1")["tensors"]) == "lightningdit"
 
 
 def test_strange_names_are_no_family():

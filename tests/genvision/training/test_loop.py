@@ -29,6 +29,9 @@ class Regression:
     def loss(self, model, batch):
         return {"loss": ((model(batch["x"]) - batch["y"]) ** 2).mean()}
 
+    def before_step(self, step, averages):
+        pass
+
     def after_step(self, step, accelerator):
         return {}
 

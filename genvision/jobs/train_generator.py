@@ -1,0 +1,144 @@
+"""The generator stage of `genvision train`: which model, objective and sampler belong together, and what they are trained on."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from genvision.data.datasets import ImageDataset
+from genvision.data.encoded import EncodedDataset
+from genvision.data.sources import open_source
+from genvision.errors import UserError
+from genvision.images import make_grid, save_png
+from genvision.objectives.base import Objective
+from genvision.pipeline import ImagePipeline
+from genvision.samplers.base import Sampler
+from genvision.tokenizers.base import TokenizerSpec, content_hash, open_tokenizer
+from genvision.training import rng
+from genvision.training.config import TrainConfig
+from genvision.training.generator_stage import GeneratorStage
+
+PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
+
+
+class GeneratorJob:
+    """Codes and labels in, a pipeline folder out."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        data = config.data
+        if config.tokenizer is None:
+            raise UserError("tokenizer is missing; give the folder of the tokenizer, for example --tokenizer runs/vq/model")
+        self.dataset: Any
+        if data.spec.startswith("encoded:"):
+            folder = Path(data.spec.removeprefix("encoded:"))
+            size = EncodedDataset(folder).index["image_size"]
+            self.tokenizer = open_tokenizer(config.tokenizer, size)
+            self.dataset = EncodedDataset(folder, expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed)
+            _check_posterior(config, self.dataset)
+            code_shape = tuple(self.dataset.code_shape)
+            self.num_workers = 0  # memory-mapped codes need no decoding
+        else:
+            self.tokenizer = open_tokenizer(config.tokenizer, data.image_size)
+            size = data.image_size or self.tokenizer.spec.image_size
+            self.tokenizer.check_image_size(size)
+            self.dataset = image_dataset(config, size)
+            code_shape = self.tokenizer.spec.code_shape(size)
+            self.num_workers = data.num_workers
+        names = list(self.dataset.label_names)
+        num_classes = config.model.get("num_classes") or len(names)
+        highest = int(self.dataset.labels.max())
+        if highest >= num_classes:
+            raise UserError(f"{data.spec}: has label {highest}, but model.num_classes is {num_classes}; it must be at least {highest + 1}")
+        self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
+        build = BUILDERS[config.model["name"]]
+        self.model, objective, self.sampler = build(config, self.tokenizer.spec, code_shape, num_classes)
+        self.sampler.check(self.model)
+        if objective.needs_average and not config.train.ema_decays:
+            raise UserError("loss.guidance is made with the average of the weights, but train.ema_decays is empty; give it one, 0.9999 say")
+        self.stage = GeneratorStage(self.model, objective, self.tokenizer, sample_posterior=data.posterior == "sample", seed=config.seed)
+
+    def preview(self, folder: Path, step: int) -> None:
+        """Some images of some classes, a class a row; the same numbers at every step."""
+        classes = np.linspace(0, len(self.label_names) - 1, min(PREVIEW_ROWS, len(self.label_names))).astype(int)
+        pipeline = self.pipeline()
+        pipeline.tokenizer.to(self.model.device)
+        images = pipeline(np.repeat(classes, PREVIEW_COLUMNS).tolist(), output_type="np").images
+        names = [self.label_names[i] for i in classes]
+        save_png(make_grid(images, PREVIEW_COLUMNS, row_names=names), folder / f"step_{step:08d}.png")
+
+    def pipeline(self) -> ImagePipeline:
+        return ImagePipeline(self.model, self.tokenizer, self.sampler, self.label_names)
+
+    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
+        self.pipeline().save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance})
+
+
+class _Parts(NamedTuple):
+    model: Any
+    objective: Objective
+    sampler: Sampler
+
+
+def _llamagen(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...], num_classes: int) -> _Parts:
+    from genvision.models.llamagen import LlamaGen
+    from genvision.objectives.next_token import NextToken
+    from genvision.samplers.autoregressive import AutoregressiveSampler
+
+    if not spec.discrete:
+        raise UserError(f"{config.tokenizer}: makes continuous latents, but llamagen needs a tokenizer with a codebook")
+    if len(code_shape) > 2 or (len(code_shape) == 2 and code_shape[0] != code_shape[1]):
+        raise UserError(f"{config.data.spec}: codes of shape {code_shape} are neither a square grid nor a sequence, which llamagen needs")
+    places = {"grid_size": code_shape[0]} if len(code_shape) == 2 else {"sequence_length": code_shape[0]}
+    options = _model_options(config)
+    if options.get("condition", "class") != "class":
+        raise UserError(f"model.condition {options['condition']}: the data has labels only; set it to class")
+    assert spec.codebook_size is not None
+    with rng.seeded(config.seed):
+        model = LlamaGen(codebook_size=spec.codebook_size, num_classes=num_classes, **places, **options)
+    return _Parts(model, NextToken(spec.codebook_size), AutoregressiveSampler(**config.sampler))
+
+
+def _dit(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...], num_classes: int) -> _Parts:
+    from genvision.models.dit import DiT
+
+    if spec.discrete:
+        raise UserError(f"{config.tokenizer}: makes discrete codes, but dit needs a tokenizer with continuous latents, or pixels")
+    if len(code_shape) == 3 and code_shape[1] != code_shape[2]:
+        raise UserError(f"{config.data.spec}: latents of shape {code_shape} are neither a square grid nor a sequence, which dit needs")
+    places = {"input_size": code_shape[1]} if len(code_shape) == 3 else {"sequence_length": code_shape[1]}
+    with rng.seeded(config.seed):
+        model = DiT(in_channels=code_shape[0], num_classes=num_classes, **places, **_model_options(config))
+    run = {"seed": config.seed, "batch_size": config.train.batch_size}
+    if model.config.path == "ddpm":
+        from genvision.objectives.diffusion import DiffusionLoss, DiffusionLossConfig
+        from genvision.samplers.diffusion import DiffusionSampler
+
+        return _Parts(model, DiffusionLoss(DiffusionLossConfig(**config.loss), model, **run), DiffusionSampler(**config.sampler))
+    from genvision.objectives.flow import FlowLossConfig, FlowMatching
+    from genvision.samplers.flow import FlowSampler
+
+    return _Parts(model, FlowMatching(FlowLossConfig(**config.loss), model, **run), FlowSampler(**config.sampler))
+
+
+BUILDERS = {"llamagen": _llamagen, "dit": _dit}
+"""`model.name` to a function that makes model, objective and sampler."""
+
+
+def _model_options(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.model.items() if name not in ("name", "num_classes")}
+
+
+def _check_posterior(config: TrainConfig, dataset: EncodedDataset) -> None:
+    """An encoded data set says itself whether its latents are samples; the configuration must not say otherwise."""
+    stored = "sample" if dataset.has_posterior else "mean"
+    if config.data.posterior != stored:
+        mend = "encode again with --posterior" if stored == "mean" else "set data.posterior to sample"
+        raise UserError(f"data.posterior {config.data.posterior}: {config.data.spec} holds what gives the posterior's {stored}; {mend}")
+
+
+def image_dataset(config: TrainConfig, image_size: int) -> ImageDataset:
+    """The images of a run, cropped and flipped as its configuration says."""
+    data = config.data
+    return ImageDataset(
+        open_source(data.spec), image_size, crop=data.crop, flip=data.flip, seed=config.seed, on_bad_image=data.on_bad_image
+    )
