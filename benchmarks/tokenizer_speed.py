@@ -13,19 +13,14 @@ kl: latents -> images by KLTokenizer with Stable Diffusion's widths and by the A
     taskset -c 1 python benchmarks/tokenizer_speed.py                    # both, batches of 1 and 4, one thread: about 15 minutes
     python benchmarks/tokenizer_speed.py --models vq --batch-sizes 1 --threads 2
 """
-# ruff: noqa: E402
 
 import argparse
-import os
 import statistics
-import sys
-import time
 from collections.abc import Callable
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # torch reads them when it is imported
-    _threads = sys.argv[sys.argv.index("--threads") + 1] if "--threads" in sys.argv[:-1] else "1"
-    os.environ[_name] = _threads
+from timing import NUM_THREADS, Seconds, by_turns, ratios
 
+# isort: split
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
@@ -45,14 +40,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times that each peer decodes each batch, after one to warm up")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(NUM_THREADS)
     torch.manual_seed(0)
     for model in arguments.models.split(","):
         for batch_size in map(int, arguments.batch_sizes.split(",")):
             with torch.inference_mode():
                 peers = {"vq": vq_peers, "kl": kl_peers}[model](batch_size, arguments.size)
-                cpu, wall = by_turns(peers, arguments.rounds)
-            report(f"{model}, {batch_size} x {arguments.size} px, {arguments.threads} threads, {arguments.rounds} rounds", cpu, wall)
+                seconds = by_turns(peers, arguments.rounds)
+            report(f"{model}, {batch_size} x {arguments.size} px, {NUM_THREADS} threads, {arguments.rounds} rounds", seconds)
 
 
 def vq_peers(batch_size: int, size: int) -> dict[str, Callable[[], Tensor]]:
@@ -104,28 +99,15 @@ def kl_peers(batch_size: int, size: int) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def by_turns(peers: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """CPU and wall seconds of every round; one more, the first, is not counted."""
-    cpu: dict[str, list[float]] = {name: [] for name in peers}
-    wall: dict[str, list[float]] = {name: [] for name in peers}
-    for number in range(rounds + 1):
-        for name in list(peers)[:: 1 if number % 2 == 0 else -1]:
-            began_wall, began_cpu = time.perf_counter(), time.process_time()
-            peers[name]()
-            if number > 0:
-                cpu[name].append(time.process_time() - began_cpu)
-                wall[name].append(time.perf_counter() - began_wall)
-    return cpu, wall
-
-
-def report(title: str, cpu: dict[str, list[float]], wall: dict[str, list[float]]) -> None:
+def report(title: str, seconds: Seconds) -> None:
+    cpu, wall = seconds.cpu, seconds.wall
     print(
         f"\n{title}\n{'':26} {'CPU s':>8} {'least':>8} {'wall s':>8}   times as fast as diffusers by: {'CPU':>7} {'least':>7} {'wall':>7}"
     )
     for name in cpu:
-        seconds = [statistics.median(cpu[name]), min(cpu[name]), statistics.median(wall[name])]
-        ratios = [ratio(cpu, PEER, name), min(cpu[PEER]) / min(cpu[name]), ratio(wall, PEER, name)]
-        print(f"{name:26} {''.join(f'{value:8.3f} ' for value in seconds)} {'':30} {''.join(f'{value:7.3f} ' for value in ratios)}")
+        times = [statistics.median(cpu[name]), min(cpu[name]), statistics.median(wall[name])]
+        factors = [ratio(cpu, PEER, name), min(cpu[PEER]) / min(cpu[name]), ratio(wall, PEER, name)]
+        print(f"{name:26} {''.join(f'{value:8.3f} ' for value in times)} {'':30} {''.join(f'{value:7.3f} ' for value in factors)}")
     least = min(cpu[PEER_LAST]) / min(cpu["genvision"])
     print(
         f"genvision is {ratio(cpu, PEER_LAST, 'genvision'):.3f} (least: {least:.3f}) times as fast as diffusers in channels last\n",
@@ -135,7 +117,7 @@ def report(title: str, cpu: dict[str, list[float]], wall: dict[str, list[float]]
 
 def ratio(seconds: dict[str, list[float]], peer: str, own: str) -> float:
     """Median over the rounds."""
-    return statistics.median(a / b for a, b in zip(seconds[peer], seconds[own], strict=True))
+    return statistics.median(ratios(seconds, peer, own))
 
 
 def num_parameters(module: nn.Module) -> int:

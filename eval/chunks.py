@@ -1,8 +1,8 @@
 """Rows of a set that is being made, kept on disk chunk by chunk, so that a killed job loses at most the chunk in hand.
 
 `chunks.json` says which images these are; `000000-000064.safetensors` holds what the networks said of images 0 .. 63: a row name to an
-array [B, ...] (genvision.eval.measurement has the names), the pixel hashes, and in its header the hash of the network behind each
-row and a checksum. A file is complete or absent: it gets its name when all of it is on the disk.
+array [B, ...] (genvision.eval.measurement has the names), the pixel hashes, the generator's network calls, and in its header the hash of
+the network behind each row and a checksum. A file is complete or absent: it gets its name when all of it is on the disk.
 """
 
 import json
@@ -19,6 +19,10 @@ from safetensors.numpy import save
 from genvision.errors import UserError
 from genvision.eval.cache import checksum
 from genvision.training.state import sync, write_atomically
+
+HASHES, CALLS = "hashes", "network_calls"
+FACTS = (HASHES, CALLS)
+"""Rows that no feature network makes."""
 
 
 class ChunkFolder:
@@ -54,7 +58,7 @@ class ChunkFolder:
             leftover.unlink()
 
     def load(self, chunk: range, names: frozenset[str], networks: Mapping[str, str]) -> dict[str, np.ndarray] | None:
-        """Rows of a chunk with its `hashes`; None if it must be made: absent, damaged, or without all the rows.
+        """Rows of a chunk with its `hashes` and `network_calls`; None if it must be made: absent, damaged, or without all the rows.
 
         Args:
             names: rows that are wanted.
@@ -74,14 +78,14 @@ class ChunkFolder:
             self._warn(path, "its checksum does not fit")
             return None
         made_by = json.loads(facts["networks"])
-        if any(name not in arrays or made_by.get(name) != networks[name] for name in names):
+        if any(name not in arrays or made_by.get(name) != networks[name] for name in names) or any(name not in arrays for name in FACTS):
             return None
-        return {name: arrays[name] for name in (*sorted(names), "hashes")}
+        return {name: arrays[name] for name in (*sorted(names), *FACTS)}
 
     def store(self, chunk: range, rows: Mapping[str, np.ndarray], networks: Mapping[str, str]) -> None:
-        """Write the rows of a chunk, `hashes` among them."""
+        """Write the rows of a chunk, `hashes` and `network_calls` among them."""
         arrays = {name: np.ascontiguousarray(array) for name, array in rows.items()}
-        facts = {"checksum": checksum(arrays), "networks": json.dumps({name: networks[name] for name in arrays if name != "hashes"})}
+        facts = {"checksum": checksum(arrays), "networks": json.dumps({name: networks[name] for name in arrays if name not in FACTS})}
         path = self._path(chunk)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         part.write_bytes(save(arrays, metadata=facts))

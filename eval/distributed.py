@@ -58,6 +58,11 @@ def gather_rows(rows: Mapping[str, list[np.ndarray]], indices: list[np.ndarray],
     return ordered
 
 
+def sum_over_processes(value: int) -> int:
+    """The sum of every process's value, on every process."""
+    return sum(gather_object([value])) if process_state().num_processes > 1 else value
+
+
 def same_everywhere(value: object) -> object:
     """The main process's value, on every process."""
     if process_state().num_processes == 1:

@@ -201,7 +201,7 @@ def _sampling_facts(sampling: Mapping[str, Any]) -> list[str]:
         chosen = {key: value for key, value in flatten(sampler).items() if key != "name" and value is not None}
         options = ", ".join(f"{key} {value_text(key, value)}" for key, value in chosen.items())
         facts.append(f"drawn by {sampler.get('name', 'the sampler')}" + (f" with {options}" if options else ""))
-    if isinstance(sampling.get("network_calls"), int):
+    if isinstance(sampling.get("network_calls"), int | float):
         facts.append(f"{sampling['network_calls']:,} network calls an image")
     return facts
 

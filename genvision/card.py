@@ -25,6 +25,7 @@ def write_card(path: Path, generator: Any, tokenizer: Any, sampler: Any, label_n
         if spec.num_tokens is None
         else f"a sequence of {spec.num_tokens} for an image"
     )
+    codes = f"{spec.codebook_size} codes" if spec.discrete else f"latents of {spec.channels} channels"
     rows = "\n".join(f"| {name.replace('_', ' ')} | `{_short(value)}` |" for name, value in facts.items())
     classes = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
     path.write_text(f"""---
@@ -38,7 +39,7 @@ tags:
 # {type(generator).__name__}, {generator.num_parameters_million:.1f}M parameters, {size} x {size} pixels
 
 A class-conditional image generator for {len(label_names)} classes ({classes}).
-Tokenizer: {type(tokenizer).__name__}, {spec.codebook_size} codes, {places}.
+Tokenizer: {type(tokenizer).__name__}, {codes}, {places}.
 
 ```python
 from genvision.pipeline import ImagePipeline

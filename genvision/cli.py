@@ -51,9 +51,19 @@ class Drawing:
     labels: Literal["balanced", "random"] = "balanced"
     """balanced goes through the classes in turn, random draws each label."""
     guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
-    """how the guidance scale develops over the tokens."""
+    """how the guidance scale develops over tokens or time."""
     guidance_interval: tuple[float, float] | None = None
-    """parts of the tokens between which guidance is on, for example [0, 0.5]."""
+    """where guidance is on, in parts of the tokens, or of the time from noise (0) to data (1), for example [0, 0.5]."""
+    guidance_channels: int | None = None
+    """latents: guide only the first so many channels; the published DiT, SiT and LightningDiT figures guide 3."""
+    guide: Path | None = None
+    """latents: folder of a weaker model to guide with, instead of the null class."""
+    method: str | None = None
+    """latents: ddpm, ddim, dpm++ (diffusion); euler, heun, midpoint, dopri5, euler-maruyama, stochastic-heun (flow)."""
+    time_shift: float | None = None
+    """flows: above 1 takes more steps at the noise."""
+    scale_condition: float | None = None
+    """guidance scale that a scale-conditioned model is told."""
     cfg_interval: int | None = None
     """the interval in LlamaGen's own terms; c guides the first c + 2 tokens, -1 all."""
     rounding: Literal["trunc127.5", "trunc255", "round"] = "trunc127.5"
@@ -252,6 +262,7 @@ def sample(
     out: Path,
     num: int = 16,
     guidance: float | None = None,
+    steps: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -267,7 +278,8 @@ def sample(
         out: a folder for PNG files, FILE.npz (ADM's layout) or FILE.png (one grid).
         num: how many images.
         guidance: classifier-free guidance scale, 1 is off; the model's default unless told, like all sampler options.
-        temperature: of the draw; 0 takes the most likely token.
+        steps: of samplers of latents.
+        temperature: of the draw of tokens; 0 takes the most likely one.
         top_k: draw from the k most likely tokens; 0 from all.
         top_p: draw from the smallest set of tokens of this probability.
         complete: keep the upper part of this image and draw the rest.
@@ -276,7 +288,7 @@ def sample(
     """
     from genvision.jobs.sample import sample_from_folder
 
-    options = _drawing_options(drawing, guidance_scale=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = _drawing_options(drawing, guidance_scale=guidance, num_steps=steps, temperature=temperature, top_k=top_k, top_p=top_p)
     sample_from_folder(model, out, complete=complete, keep=keep, batch_size=batch_size, num=num, **options)
     print(out)
 
@@ -349,6 +361,7 @@ def fid(
     num: int = 50_000,
     reference: str | None = None,
     guidance: float | None = None,
+    steps: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -364,7 +377,8 @@ def fid(
         num: how many images; published numbers take 50,000. A larger number takes over what is there.
         reference: images, or a file of statistics, as for evaluate.
         guidance: classifier-free guidance scale, 1 is off; the model's default unless told, like all sampler options.
-        temperature: of the draw; 0 takes the most likely token.
+        steps: of samplers of latents.
+        temperature: of the draw of tokens; 0 takes the most likely one.
         top_k: draw from the k most likely tokens; 0 from all.
         top_p: draw from the smallest set of tokens of this probability.
         keep: keep the images, too, as PNG files in OUT/images.
@@ -373,7 +387,7 @@ def fid(
     from genvision.jobs.evaluate import evaluation_options
     from genvision.jobs.fid import fid_from_folder
 
-    drawn = _drawing_options(drawing, guidance_scale=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn = _drawing_options(drawing, guidance_scale=guidance, num_steps=steps, temperature=temperature, top_k=top_k, top_p=top_p)
     options = evaluation_options(image_size=None, **asdict(scoring))
     result = fid_from_folder(model, reference, out, batch_size=scoring.batch_size, keep=keep, options=options, num=num, **drawn)
     _say(f"{format_table(result)}\n{out}")
@@ -714,7 +728,8 @@ def main(argv: list[str] | None = None) -> None:
 def _drawing_options(drawing: Drawing, **sampler_options: float | None) -> dict[str, Any]:
     """As genvision.jobs.sample.open_job takes them."""
     options = asdict(drawing)
-    return options | {"sampler_options": {"guidance_schedule": options.pop("guidance_schedule"), **sampler_options}}
+    names = ("guidance_schedule", "guidance_channels", "method", "time_shift", "scale_condition")
+    return options | {"sampler_options": {name: options.pop(name) for name in names} | sampler_options}
 
 
 def _say(text: str) -> None:

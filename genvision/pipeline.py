@@ -30,10 +30,12 @@ OutputType = Literal["pil", "np", "pt"]
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """`images`: PIL images, uint8 [B, H, W, 3] or float [B, 3, H, W], as asked. `codes`: int64 [B, h, w] or [B, L]."""
+    """`images`: PIL images, uint8 [B, H, W, 3] or float [B, 3, H, W], as asked. `codes`: tokens or latents."""
 
     images: Any
     codes: Tensor
+    network_calls: Tensor
+    """Evaluations of the network that each image cost, int64 [B]; a conditional and a null row count one each."""
 
 
 class ImagePipeline:
@@ -44,10 +46,12 @@ class ImagePipeline:
         tokenizer: turns codes into images.
         sampler: draws codes; its options are the default protocol.
         label_names: a name for each class.
+        guide: a weaker generator to guide with instead of the null class (autoguidance); it is not saved.
     """
 
-    def __init__(self, generator: Any, tokenizer: Any, sampler: Sampler, label_names: Sequence[str]) -> None:
+    def __init__(self, generator: Any, tokenizer: Any, sampler: Sampler, label_names: Sequence[str], *, guide: Any = None) -> None:
         self.generator, self.tokenizer, self.sampler = generator.eval(), tokenizer.eval(), sampler
+        self.guide = guide.eval() if guide is not None else None
         self.label_names = list(label_names)
         if len(self.label_names) != generator.num_classes:
             raise UserError(f"{len(self.label_names)} label names were given for a model of {generator.num_classes} classes")
@@ -94,8 +98,9 @@ class ImagePipeline:
 
     def to(self, device: str | torch.device) -> "ImagePipeline":
         """Move the networks."""
-        self.generator.to(device)
-        self.tokenizer.to(device)
+        for network in (self.generator, self.tokenizer, self.guide):
+            if network is not None:
+                network.to(device)
         return self
 
     @property
@@ -156,7 +161,7 @@ class ImagePipeline:
             prefix: known first tokens [B, n], to complete images.
             output_type: `pil`, `np` (uint8 [B, H, W, 3]) or `pt` (float [B, 3, H, W] in [-1, 1]).
             rounding: how floats become bytes.
-            sampler_options: of the sampler: temperature, top_k, top_p, guidance_schedule, ...
+            sampler_options: of the sampler: temperature, top_k, top_p, method, guidance_schedule, guidance_start, ...
         """
         if output_type not in get_args(OutputType):
             raise UserError(f"output_type '{output_type}' is unknown; choose one of {', '.join(get_args(OutputType))}")
@@ -171,12 +176,15 @@ class ImagePipeline:
                 raise UserError(f"num_inference_steps: {type(self.sampler).__name__} has no steps to choose, it draws every token once")
             options["num_steps"] = num_inference_steps
         noise = ImageStreams(seed, range(len(labels)) if indices is None else indices)
-        codes = self.sampler.with_options(**options).sample(self.generator, labels.to(self.device), noise, prefix=prefix)
+        sampler = self.sampler.with_options(**options)
+        codes = sampler.sample(self.generator, labels.to(self.device), noise, prefix=prefix, guide=self.guide)
+        assert sampler.calls is not None
+        calls = sampler.calls.cpu()
         images = self.tokenizer.decode(codes)
         if output_type == "pt":
-            return ImageOutput(images.float().clamp(-1, 1), codes)
+            return ImageOutput(images.float().clamp(-1, 1), codes, calls)
         array = to_uint8(images, rounding)
-        return ImageOutput(array if output_type == "np" else _pil_images(array), codes)
+        return ImageOutput(array if output_type == "np" else _pil_images(array), codes, calls)
 
 
 def _pil_images(array: np.ndarray) -> list[Any]:

@@ -50,7 +50,9 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         if not 0 < top_p <= 1:
             raise UserError(f"top_p {top_p} is not allowed; give a probability in (0, 1], 1 is off")
 
-    def check(self, generator: Any) -> None:
+    def check(self, generator: Any, guide: Any = None) -> None:
+        if guide is not None:
+            raise UserError("a guide is for samplers of latents; tokens are guided by the null class, so leave it out")
         if any(scale != 1 for scale in self.guidance.scales(generator.num_tokens)) and not generator.has_null_label:
             raise UserError("this model was trained without class_dropout, so it has no null class to guide with; set guidance to 1")
 
@@ -67,6 +69,7 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         *,
         condition_mask: Tensor | None = None,
         prefix: Tensor | None = None,
+        guide: Any = None,
     ) -> Tensor:
         """Draw the tokens of B images.
 
@@ -76,13 +79,14 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
             noise: the streams of the B images; one uniform number a token.
             condition_mask: [B, T], true where text is no padding; used for the null rows too, as officially.
             prefix: known first tokens in raster order, int64 [B, n] with n < N: they are kept and the rest is drawn.
+            guide: not for tokens.
 
         Returns:
             int64 [B, h, w], or [B, L] where codes are no grid.
         """
         if condition.dtype == torch.int64:
             check_labels(condition, generator.num_classes)
-        self.check(generator)
+        self.check(generator, guide)
         num_known = 0 if prefix is None else prefix.shape[1]
         num_tokens = generator.num_tokens
         if num_known >= num_tokens:
@@ -93,6 +97,7 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         for i in range(num_known, num_tokens):
             logits = rows.next_logits()  # [B, V]
             rows.take(self._choose(logits, uniform[:, i]))
+        self.calls = torch.full((len(noise),), rows.calls)
         return torch.stack(rows.tokens, dim=1).view(len(noise), *generator.code_shape)
 
     def _choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
@@ -112,6 +117,7 @@ class _Rows:
         self.tokens: list[Tensor] = [] if prefix is None else list(prefix.unbind(1))
         self.cache: Any = None
         self.has_null = False
+        self.calls = 0
 
     def next_logits(self) -> Tensor:
         """Logits of the next token after guidance, [B, V]."""
@@ -121,6 +127,7 @@ class _Rows:
         if scale != 1 and not self.has_null and self.cache is not None:
             self._add_null_rows()
         logits = self._start(scale != 1) if self.cache is None else self._extend()
+        self.calls += 1 + self.has_null
         if not self.has_null:
             return logits
         conditional, null = logits.chunk(2)

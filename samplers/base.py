@@ -23,6 +23,8 @@ class Sampler(ABC, ConfigMixin):
     """Options are constructor arguments, saved in `sampler/config.json` as the model's default protocol."""
 
     config_name = "config.json"
+    calls: Tensor | None = None
+    """Network evaluations that each image of the latest batch cost, int64 [B]."""
 
     @abstractmethod
     def sample(
@@ -33,27 +35,29 @@ class Sampler(ABC, ConfigMixin):
         *,
         condition_mask: Tensor | None = None,
         prefix: Tensor | None = None,
+        guide: Any = None,
     ) -> Tensor:
         """Draw codes for the conditions [B, ...]; row i uses the streams of image `noise.indices[i]` only.
 
-        Codes are tokens [B, h, w] or [B, L], or latents [B, c, h, w] or [B, c, L].
+        Codes are tokens [B, h, w] or [B, L], or latents [B, c, h, w] or [B, c, L]. `guide` is a weaker model to guide with.
         """
 
     @abstractmethod
     def network_calls(self, generator: Any) -> int | None:
         """Evaluations of the network that one image costs; a conditional and a null row count one each. None: it differs by image."""
 
-    def check(self, generator: Any) -> None:
-        """Raises UserError where these options are impossible with this generator."""
+    def check(self, generator: Any, guide: Any = None) -> None:
+        """Raises UserError where these options are impossible with this generator, or with a guide."""
 
     def with_options(self: Self, **options: Any) -> Self:
         """The same sampler with some options changed; those given as None stay."""
         ours = {name: value for name, value in dict(self.config).items() if not name.startswith("_")}
         for name, value in options.items():
+            if value is None:
+                continue
             if name not in ours:
                 raise UserError(f"{type(self).__name__} has no option '{name}'; it has {', '.join(sorted(ours))}")
-            if value is not None:
-                ours[name] = value
+            ours[name] = value
         return type(self)(**ours)
 
 

@@ -20,9 +20,6 @@ Self = TypeVar("Self", bound="ContinuousSampler")
 class ContinuousSampler(Sampler):
     """Draws latents from noise. A subclass says which times it goes through and how, and has the options that `_prepare` reads."""
 
-    calls: Tensor | None = None
-    """Network evaluations that each image of the latest batch cost, int64 [B]."""
-
     def _prepare(self) -> None:
         """Check the options of guidance and begin a job; the last call of a constructor."""
         config = self.config

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
@@ -39,7 +40,7 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
       last_step `euler`. Guidance on [low, high] of REPA's time is guidance_start 1 - high, guidance_stop 1 - low.
     - dopri5 decides on its number of steps by itself; `calls` tells what each image cost.
 
-    Guidance of a step is decided at its beginning; dopri5 decides at each call.
+    Guidance of a step is decided at its beginning; dopri5 follows the schedule within its steps, and begins anew at the interval's ends.
 
     Args:
         method: `euler`, `heun`, `midpoint`, `dopri5` (ODE); `euler-maruyama`, `stochastic-heun` (SDE).
@@ -155,12 +156,7 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
     def _integrate(self, generator: Any, network: GuidedNetwork, x: Tensor, step_noise: Callable[[int], Tensor]) -> Tensor:
         flow = Flow.of(generator)
         if self.config.method == "dopri5":
-
-            def velocity(x: Tensor, t: Tensor, images: Tensor) -> Tensor:
-                return flow.velocity(x, t.to(x.device), network(x, t, images=images))
-
-            begin, end = self.ends(generator)
-            return dopri5(velocity, x, begin, end, rtol=self.config.rtol, atol=self.config.atol)
+            return self._integrate_adaptively(flow, network, x, *self.ends(generator))
         field = Field(network, flow, self.config.diffusion)
         grid, advance = self.grid(generator), STEPS[self.config.method]
         for i, (t, after) in enumerate(pairwise(grid)):
@@ -169,4 +165,18 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
                 x = LAST_STEPS[self.last_step](field, x, t, after)
             else:
                 x = advance(field, x, t, after, lambda i=i: step_noise(i))
+        return x
+
+    def _integrate_adaptively(self, flow: Flow, network: GuidedNetwork, x: Tensor, begin: float, end: float) -> Tensor:
+        """By dopri5, piece by piece, for the velocity jumps where guidance begins and ends."""
+        jumps = [t for t in (1 - self.guidance.start, 1 - self.guidance.stop) if end < t < begin and self.guidance.scale != 1]
+        for before, after in pairwise([begin, *jumps, end]):
+            middle = torch.tensor([(before + after) / 2], dtype=torch.float64)
+            is_guided = bool(self.guidance.scale_over(1 - middle) != 1)
+
+            def velocity(x: Tensor, t: Tensor, images: Tensor, middle: Tensor = middle, is_guided: bool = is_guided) -> Tensor:
+                guided_at = t if is_guided else middle.expand(len(t))  # both ends of the interval are guided
+                return flow.velocity(x, t.to(x.device), network(x, t, guided_at=guided_at, images=images))
+
+            x = dopri5(velocity, x, before, after, rtol=self.config.rtol, atol=self.config.atol)
         return x

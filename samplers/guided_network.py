@@ -152,8 +152,9 @@ class GuidedNetwork:
         Returns:
             [R, out_channels, ...].
         """
-        if bool(((t < 0) | (t > self.frame.noisiest)).any()):
-            wrong = t[(t < 0) | (t > self.frame.noisiest)][0].item()
+        inside = (t >= 0) & (t <= self.frame.noisiest)
+        if not bool(inside.all()):
+            wrong = t[~inside][0].item()
             raise UserError(f"time {wrong} is outside 0 (data) .. {self.frame.noisiest:g} (noise)")
         places = self._places if images is None else self._places[images.to(x.device)]
         images = torch.arange(len(self.calls)) if images is None else images

@@ -46,8 +46,8 @@ class ModulationTables:
         table = self._current(generator, tuple(times))
         missing = [condition for condition in conditions if table is None or condition not in table.conditions]
         if missing:
-            fresh = modulation_rows(generator, times[len(times) // 2], missing)
-            row_bytes = len(times) * fresh[0].numel() * fresh.element_size()
+            row = modulation_rows(generator, times[0], missing[:1])
+            row_bytes = len(times) * row.numel() * row.element_size()
             if table is not None and (len(table.conditions) + len(missing)) * row_bytes > self.max_bytes:
                 del self._tables[generator]
                 table, missing = None, list(conditions)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from genvision.errors import UserError
-from genvision.eval.chunks import ChunkFolder
+from genvision.eval.chunks import CALLS, ChunkFolder
+from genvision.eval.distributed import sum_over_processes
 from genvision.eval.hygiene import hash_images, hash_of_set
 from genvision.eval.job import EvaluationOptions, Plan, plan_evaluation
 from genvision.eval.measurement import Measurement, shares
@@ -44,13 +45,11 @@ class SampledSet:
         """What decides the images, but not how many there are."""
         return {key: value for key, value in describe(self.pipeline, self.request).items() if key not in ("num", "prefix")}
 
-    def draw(self, indices: range | list[int]) -> np.ndarray:
-        """uint8 [B, H, W, 3]"""
+    def draw(self, indices: range | list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [B, H, W, 3], and the network calls that each cost, int64 [B]."""
         labels = self.request.labels_of(indices)
-        images: np.ndarray = self.pipeline(
-            labels, seed=self.request.seed, indices=indices, output_type="np", rounding=self.request.rounding
-        ).images
-        return images
+        output = self.pipeline(labels, seed=self.request.seed, indices=indices, output_type="np", rounding=self.request.rounding)
+        return output.images, output.network_calls.numpy()
 
 
 def fid_from_folder(
@@ -121,7 +120,7 @@ def fid(sampled: SampledSet, plan: Plan, out: Path, *, batch_size: int = 64, kee
             images.prepare()
     state.wait_for_everyone()
 
-    measurement = _draw_all(sampled, plan, chunks, images, batch_size)
+    measurement, network_calls = _draw_all(sampled, plan, chunks, images, batch_size)
     measured = measurement.finish(request.num)
     order = np.random.default_rng(request.seed).permutation(request.num)
     labels = request.labels_of(range(request.num)).numpy()
@@ -137,7 +136,7 @@ def fid(sampled: SampledSet, plan: Plan, out: Path, *, batch_size: int = 64, kee
         order=f"permuted with seed {request.seed}",
         numbers=order,
     )
-    sampling = describe(sampled.pipeline, request)
+    sampling = describe(sampled.pipeline, request) | {"network_calls": network_calls}
     result = plan.score(
         measured.reordered(order), facts, kind="fid", began=began, model=sampled.model, sampling=sampling, warnings=chunks.warnings
     )
@@ -145,32 +144,37 @@ def fid(sampled: SampledSet, plan: Plan, out: Path, *, batch_size: int = 64, kee
         write_json(result, out / "results.json")
         if page:
             indices = page_indices(labels, result.per_class)
-            shown = np.concatenate([sampled.draw(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)])
+            shown = np.concatenate([sampled.draw(indices[i : i + batch_size])[0] for i in range(0, len(indices), batch_size)])
             write_page(out / "page.html", result, shown, labels[indices], sampled.pipeline.label_names)
     state.wait_for_everyone()
     return result
 
 
-def _draw_all(sampled: SampledSet, plan: Plan, chunks: ChunkFolder, images: FolderWriter | None, batch_size: int) -> Measurement:
-    """This process's share of the images, read from the chunks that are there and drawn otherwise."""
+def _draw_all(
+    sampled: SampledSet, plan: Plan, chunks: ChunkFolder, images: FolderWriter | None, batch_size: int
+) -> tuple[Measurement, float]:
+    """This process's share of the images, read from the chunks that are there and drawn otherwise; and the network calls of an image,
+    in the mean over all processes."""
     state = process_state()
     made_by = plan.networks.identities(plan.rows)
     everything = shares(sampled.request.num, batch_size)
     share = everything[state.process_index :: state.num_processes]
-    measurement = plan.measurement()
+    measurement, calls = plan.measurement(), 0
     progress = Progress(sum(map(len, share)), "sampling and scoring", show=plan.options.show_progress and state.is_main_process)
     for chunk in share:
         rows = chunks.load(chunk, plan.rows, made_by) if images is None or images.has(chunk) else None
         if rows is None:
-            drawn = sampled.draw(chunk)
+            drawn, cost = sampled.draw(chunk)
             if images is not None:
                 images.write(chunk, drawn)
-            rows = {**plan.networks.rows(drawn, plan.rows), "hashes": hash_images(drawn)}
+            rows = {**plan.networks.rows(drawn, plan.rows), "hashes": hash_images(drawn), CALLS: cost}
             chunks.store(chunk, rows, made_by)
+        calls += int(rows.pop(CALLS).sum())
         measurement.add(np.arange(chunk.start, chunk.stop), rows, rows["hashes"])
         progress.advance(len(chunk))
     progress.close()
     state.wait_for_everyone()
     if images is not None and state.is_main_process:
         images.finish(everything)
-    return measurement
+    mean = sum_over_processes(calls) / sampled.request.num
+    return measurement, int(mean) if mean == int(mean) else mean

@@ -129,6 +129,7 @@ def open_job(
     sampler_options: dict[str, Any] | None = None,
     guidance_interval: tuple[float, float] | None = None,
     cfg_interval: int | None = None,
+    guide: Path | None = None,
     dtype: str = "float32",
 ) -> tuple[ImagePipeline, SampleRequest]:
     """The pipeline with its sampler set as asked for, and the images that are wanted of it.
@@ -136,8 +137,9 @@ def open_job(
     Args:
         classes: indices or names, separated by commas, or `all`.
         sampler_options: changes of the model's default protocol; those given as None stay.
-        guidance_interval: parts of the tokens between which guidance is on.
+        guidance_interval: progress from noise to data, or parts of the tokens, between which guidance is on.
         cfg_interval: the same in LlamaGen's terms.
+        guide: folder of a weaker model to guide with (autoguidance).
         dtype: of the generator.
 
     Raises:
@@ -154,16 +156,20 @@ def open_job(
     if guidance_interval is not None:
         options["guidance_start"], options["guidance_stop"] = guidance_interval
     if cfg_interval is not None:
+        if not hasattr(pipeline.generator, "num_tokens"):
+            raise UserError("cfg-interval counts tokens, and this model draws latents; give guidance-interval")
         options["guidance_stop"] = llamagen_stop(cfg_interval, pipeline.generator.num_tokens)
+    if guide is not None:
+        pipeline.guide = ImagePipeline.from_pretrained(guide, torch_dtype=getattr(torch, dtype)).generator
     pipeline.sampler = pipeline.sampler.with_options(**options)
-    pipeline.sampler.check(pipeline.generator)
+    pipeline.sampler.check(pipeline.generator, pipeline.guide)
     return pipeline, SampleRequest(num=num, classes=tuple(chosen), seed=seed, labels=labels, rounding=rounding)
 
 
 def describe(pipeline: ImagePipeline, request: SampleRequest, prefix: Tensor | None = None) -> dict[str, Any]:
     """Everything that determines the images; two jobs with equal descriptions draw equal images."""
     options = {name: value for name, value in dict(pipeline.sampler.config).items() if not name.startswith("_")}
-    return {
+    facts = {
         "num": request.num,
         "classes": list(request.classes),
         "labels": request.labels,
@@ -176,6 +182,7 @@ def describe(pipeline: ImagePipeline, request: SampleRequest, prefix: Tensor | N
         "network_calls": pipeline.sampler.network_calls(pipeline.generator),
         "prefix": prefix.tolist() if prefix is not None else None,
     }
+    return facts if pipeline.guide is None else facts | {"guide_hash": content_hash(pipeline.guide)}
 
 
 def known_tokens(pipeline: ImagePipeline, image_path: Path, keep: float) -> Tensor:
@@ -186,6 +193,8 @@ def known_tokens(pipeline: ImagePipeline, image_path: Path, keep: float) -> Tens
     """
     if not 0 < keep < 1:
         raise UserError(f"keep {keep} is not allowed; give the part of the image to keep, between 0 and 1")
+    if not pipeline.tokenizer.spec.discrete:
+        raise UserError("--complete: this model draws latents, which have no known first part; it is for models of tokens")
     if len(pipeline.generator.code_shape) == 1:
         raise UserError("--complete: the tokens of this model are no grid, so none of them stand for the upper part of an image")
     image = np.asarray(center_crop(open_image(image_path), pipeline.image_size))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
 from genvision.data.datasets import ImageDataset
 from genvision.data.encoded import EncodedDataset
@@ -33,10 +34,13 @@ class GeneratorJob:
             folder = Path(data.spec.removeprefix("encoded:"))
             size = EncodedDataset(folder).index["image_size"]
             self.tokenizer = open_tokenizer(config.tokenizer, size)
-            self.dataset = EncodedDataset(folder, expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed)
+            aligned = bool(config.model.get("align_depth"))
+            self.dataset = EncodedDataset(
+                folder, expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed, with_features=aligned
+            )
             _check_posterior(config, self.dataset)
             code_shape = tuple(self.dataset.code_shape)
-            self.num_workers = 0  # memory-mapped codes need no decoding
+            self.num_workers = data.num_workers if self.dataset.has_posterior else 0  # memory-mapped codes need no decoding
         else:
             self.tokenizer = open_tokenizer(config.tokenizer, data.image_size)
             size = data.image_size or self.tokenizer.spec.image_size
@@ -55,7 +59,14 @@ class GeneratorJob:
         self.sampler.check(self.model)
         if objective.needs_average and not config.train.ema_decays:
             raise UserError("loss.guidance is made with the average of the weights, but train.ema_decays is empty; give it one, 0.9999 say")
-        self.stage = GeneratorStage(self.model, objective, self.tokenizer, sample_posterior=data.posterior == "sample", seed=config.seed)
+        self.stage = GeneratorStage(
+            self.model,
+            objective,
+            self.tokenizer,
+            features=_features(config, self.model, self.dataset),
+            sample_posterior=data.posterior == "sample",
+            seed=config.seed,
+        )
 
     def preview(self, folder: Path, step: int) -> None:
         """Some images of some classes, a class a row; the same numbers at every step."""
@@ -126,6 +137,44 @@ BUILDERS = {"llamagen": _llamagen, "dit": _dit}
 
 def _model_options(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.model.items() if name not in ("name", "num_classes")}
+
+
+def _features(config: TrainConfig, model: Any, dataset: Any) -> nn.Module | None:
+    """The frozen network that a model is aligned with (REPA), for training on images; None where features are stored, or not wanted.
+
+    Raises:
+        UserError: the model is aligned with nothing, or features and model do not fit.
+    """
+    data, align_depth = config.data, config.model.get("align_depth")
+    if not align_depth:
+        if data.features is not None:
+            raise UserError(
+                f"data.features {data.features}: the model is not aligned with features; set model.align_depth, or leave them out"
+            )
+        return None
+    network: Any = None
+    if isinstance(dataset, EncodedDataset):
+        if dataset.features is None:
+            raise UserError(
+                f"model.align_depth {align_depth}: {data.spec} has no features of a frozen network; encode again with --features"
+            )
+        num_tokens, dim = dataset.features.shape
+    elif data.features is None:
+        raise UserError(f"model.align_depth {align_depth}: data.features is missing; name a frozen network, dinov2_vitb14 for example")
+    else:
+        from genvision.data.alignment import FrozenFeatures
+
+        weights = Path(data.features_weights) if data.features_weights is not None else None
+        network = FrozenFeatures(data.features, weights, data.features_download, tokens_per_side=model.grid[0])
+        num_tokens, dim = network.num_tokens, network.dim
+    places = model.grid[0] * model.grid[1]
+    if num_tokens != places:
+        raise UserError(
+            f"{data.spec}: features stand at {num_tokens} places, the model has {places} tokens; encode with --features-grid {model.grid[0]}"
+        )
+    if tuple(model.config.align_dims) != (dim,):
+        raise UserError(f"model.align_dims {list(model.config.align_dims)}: the features have {dim} channels; set it to [{dim}]")
+    return network
 
 
 def _check_posterior(config: TrainConfig, dataset: EncodedDataset) -> None:

