@@ -3,16 +3,18 @@
 Import it before torch: it sets the number of threads, which libraries read when they are imported.
 """
 
+import argparse
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-NUM_THREADS = int(sys.argv[sys.argv.index("--threads") + 1]) if "--threads" in sys.argv[:-1] else 1
+_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_parser.add_argument("--threads", type=int, default=1)
+NUM_THREADS: int = _parser.parse_known_args()[0].threads
 """Of the whole run: 1 unless `--threads N` stands on the command line."""
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = str(NUM_THREADS)
@@ -61,12 +63,6 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
             break
         best = (ordered[k - 1], ordered[-k], 1 - 2 * outside)
     return best
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def print_comparison(title: str, seconds: Seconds, peer: str) -> None:

@@ -72,16 +72,17 @@ class Drawing:
     """of the generator."""
 
 
-def demo(*, out: Path = Path("demo"), seed: int = 0) -> None:
+def demo(*, out: Path = Path("demo"), family: Literal["ar", "diffusion"] = "ar", seed: int = 0) -> None:
     """Train, sample and score a small model on real digits: no GPU, no download, a few minutes.
 
     Args:
         out: new folder for samples.png, results.json and model/.
+        family: ar, an autoregressive transformer on the codes of a VQ tokenizer; or diffusion, a flow transformer on pixels.
         seed: of training and sampling.
     """
     from genvision.demo import run_demo
 
-    print(run_demo(out, seed=seed))
+    print(run_demo(out, family=family, seed=seed))
 
 
 def train(argv: list[str]) -> None:

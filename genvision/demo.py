@@ -1,4 +1,4 @@
-"""`genvision demo`: the whole path on real digits in a few minutes: tokenizer, codes, generator, new images, scores.
+"""`genvision demo`: the whole path on real digits in a few minutes: generator (with its tokenizer, where it has one), new images, scores.
 
 The real column of the table is what real digits score against other real digits, written by other people: the mark that
 generated ones can be held against. How many samples copy a training image is said as well.
@@ -7,13 +7,13 @@ generated ones can be held against. How many samples copy a training image is sa
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from genvision.config import load_train_config
-from genvision.data.encoded import EncodedDataset
+from genvision.data.datasets import ImageDataset
+from genvision.data.sources import open_source
 from genvision.errors import UserError
 from genvision.eval.job import EvaluationOptions, digits_floor, score_arrays
 from genvision.images import make_grid, save_png, to_uint8
@@ -26,10 +26,16 @@ from genvision.training.state import write_atomically
 
 NUM_SAMPLES, GRID_COLUMNS = 1000, 10
 DATA = "digits"
+GREY_LEVELS = 17
+"""Of the digits: counts 0 .. 16."""
+Family = Literal["ar", "diffusion"]
 
 
-def run_demo(out: Path, *, seed: int = 0) -> str:
+def run_demo(out: Path, *, family: Family = "ar", seed: int = 0) -> str:
     """Fill `out` with samples.png, samples.npz, results.json and model/; goes on where an interrupted run stopped.
+
+    Args:
+        family: `ar` trains a VQ tokenizer and an autoregressive generator on its codes, `diffusion` a flow transformer on pixels.
 
     Returns:
         The scores as a table.
@@ -46,23 +52,28 @@ def run_demo(out: Path, *, seed: int = 0) -> str:
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
 
-    print("1/4 training a tokenizer on real digits", flush=True)
-    tokenizer = _trained("vq/vq_digits.yaml", work / "tokenizer", seed, [])
-    codes = work / "codes"
-    encode_data(tokenizer, DATA, codes)
-    print("2/4 training a generator on its codes", flush=True)
+    steps = 4 if family == "ar" else 3
+    if family == "ar":
+        print(f"1/{steps} training a tokenizer on real digits", flush=True)
+        tokenizer = _trained("vq/vq_digits.yaml", work / "tokenizer", seed, [])
+        codes = work / "codes"
+        encode_data(tokenizer, DATA, codes)
+        print(f"2/{steps} training a generator on its codes", flush=True)
+        recipe, changes = "llamagen/llamagen_digits.yaml", ["--tokenizer", str(tokenizer), "--data.spec", f"encoded:{codes}"]
+    else:
+        print(f"1/{steps} training a flow transformer on the pixels of real digits", flush=True)
+        recipe, changes = "dit/flow_digits.yaml", []
     if not (out / "model").exists():
-        changes = ["--tokenizer", str(tokenizer), "--data.spec", f"encoded:{codes}"]
-        _trained("llamagen/llamagen_digits.yaml", work / "generator", seed, changes).rename(out / "model")
-    print("3/4 drawing 100 digits of each class", flush=True)
+        _trained(recipe, work / "generator", seed, changes).rename(out / "model")
+    print(f"{steps - 1}/{steps} drawing 100 digits of each class", flush=True)
     pipeline = ImagePipeline.from_pretrained(out / "model")
     sample(pipeline, SampleRequest(num=NUM_SAMPLES, classes=tuple(range(10)), seed=seed), out / "samples.npz", batch_size=250)
-    print("4/4 scoring them", flush=True)
+    print(f"{steps}/{steps} scoring them", flush=True)
     with np.load(out / "samples.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
     rows = [images[labels == digit][:GRID_COLUMNS] for digit in range(10)]
     save_png(make_grid(np.concatenate(rows), GRID_COLUMNS, row_names=[str(digit) for digit in range(10)]), out / "samples.png")
-    results = _scores(images, labels, pipeline, codes, seed) | {"seconds": round(time.monotonic() - began, 1), "model": str(out / "model")}
+    results = _scores(images, labels, pipeline, seed) | {"seconds": round(time.monotonic() - began, 1), "model": str(out / "model")}
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
     return _table(results, out)
 
@@ -75,7 +86,7 @@ def _trained(recipe: str, output: Path, seed: int, changes: list[str]) -> Path:
     return model
 
 
-def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, codes: Path, seed: int) -> dict[str, Any]:
+def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, seed: int) -> dict[str, Any]:
     options = EvaluationOptions(protocol="digits", metrics=("fid", "is", "class_accuracy"), show_progress=False)
     result = score_arrays(images, labels, DATA, name="samples.npz", options=options)
     floor = digits_floor()
@@ -86,7 +97,8 @@ def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, cod
         "inception_score_std": result.inception_score_std,
         "real_class_accuracy": floor.class_accuracy,
         "real_halves_fid": floor.fid,
-        "copies": _copies(images, codes, pipeline),
+        "copies": _copies(images, pipeline.image_size),
+        "network_calls": pipeline.sampler.network_calls(pipeline.generator),
         "num_generated": result.num_generated,
         "num_reference": result.num_reference,
         "trained_on": DATA,
@@ -100,13 +112,17 @@ def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, cod
     }
 
 
-@torch.inference_mode()
-def _copies(images: np.ndarray, codes: Path, pipeline: ImagePipeline) -> float:
-    """Share of the samples that equal a decoded training image in every pixel."""
-    dataset = EncodedDataset(codes)
-    trained = torch.cat([dataset.views(i) for i in range(len(dataset))])
-    known = {image.tobytes() for image in to_uint8(pipeline.tokenizer.decode(trained))}
-    return float(np.mean([image.tobytes() in known for image in images]))
+def _copies(images: np.ndarray, image_size: int) -> float:
+    """Share of the samples that equal a training image in the grey level of every pixel."""
+    dataset = ImageDataset(open_source(DATA), image_size, flip=False)
+    real = np.concatenate([to_uint8(dataset.plain(i)[None]) for i in range(len(dataset))])
+    known = {_levels(image).tobytes() for image in real}
+    return float(np.mean([_levels(image).tobytes() in known for image in images]))
+
+
+def _levels(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> the nearest of the digits' grey levels, [H, W]."""
+    return np.round(image.mean(axis=2) * ((GREY_LEVELS - 1) / 255)).astype(np.uint8)
 
 
 def _table(results: dict[str, Any], out: Path) -> str:
@@ -120,9 +136,17 @@ def _table(results: dict[str, Any], out: Path) -> str:
             f"  Inception Score, at most 10         {results['inception_score']:8.2f}",
             f"  equal to a training image           {results['copies']:8.1%}",
             "",
-            f"  guidance {sampler['guidance_scale']:g}, top-p {sampler['top_p']:g}, seed {results['seed']}, {results['seconds']:.0f} s",
+            f"  {_protocol(sampler)}, {results['network_calls']} network calls an image",
+            f"  seed {results['seed']}, {results['seconds']:.0f} s",
             f"  picture  {out / 'samples.png'}",
             f"  scores   {out / 'results.json'}",
             f"  model    {results['model']}",
         ]
     )
+
+
+def _protocol(sampler: dict[str, Any]) -> str:
+    guidance = f"guidance {sampler['guidance_scale']:g}" if sampler["guidance_scale"] != 1 else "no guidance"
+    if "top_p" in sampler:
+        return f"{guidance}, top-p {sampler['top_p']:g}"
+    return f"{guidance}, {sampler['num_steps']} steps of {sampler['method']}"

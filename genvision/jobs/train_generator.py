@@ -1,5 +1,7 @@
 """The generator stage of `genvision train`: which model, objective and sampler belong together, and what they are trained on."""
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +68,7 @@ class GeneratorJob:
             features=_features(config, self.model, self.dataset),
             sample_posterior=data.posterior == "sample",
             seed=config.seed,
+            fid=partial(_fid_of_samples, config, self),
         )
 
     def preview(self, folder: Path, step: int) -> None:
@@ -82,6 +85,36 @@ class GeneratorJob:
 
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
         self.pipeline().save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance})
+
+
+def _fid_of_samples(config: TrainConfig, job: GeneratorJob) -> float:
+    """FID of new samples, which Model-guidance may follow with its scale; the same sample numbers every time."""
+    from genvision.eval.features import ExtractorOptions
+    from genvision.eval.job import EvaluationOptions, score_arrays
+
+    guidance = config.loss["guidance"]
+    guidance = guidance if isinstance(guidance, dict) else asdict(guidance)
+    reference = guidance["auto_reference"] or config.data.spec
+    if reference.startswith("encoded:"):
+        raise UserError("loss.guidance.auto_reference is missing; the data holds codes, so name real images to score samples against")
+    device = job.model.device
+    pipeline = job.pipeline()
+    pipeline.tokenizer.to(device)
+    labels = [i % len(job.label_names) for i in range(guidance["auto_num"])]
+    parts = [range(start, min(start + 250, len(labels))) for start in range(0, len(labels), 250)]
+    images = [pipeline([labels[i] for i in part], indices=part, seed=config.seed, output_type="np").images for part in parts]
+    weights = guidance["auto_weights"]
+    options = EvaluationOptions(
+        protocol="digits" if guidance["auto_extractor"] == "digits" else "adm",
+        metrics=("fid",),
+        extractor=guidance["auto_extractor"],
+        networks=ExtractorOptions(inception_weights=Path(weights) if weights is not None else None, device=str(device)),
+        image_size=pipeline.image_size,
+        show_progress=False,
+    )
+    fid = score_arrays(np.concatenate(images), np.array(labels), reference, name="samples", options=options).fid
+    assert fid is not None
+    return fid
 
 
 class _Parts(NamedTuple):

@@ -1,9 +1,12 @@
 """What every objective answers to: the loss of a generator on a batch of codes and labels."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from genvision.objectives.model_guidance import ModelGuidance
 
 Network = Callable[..., Any]
 """A generator, or one with other weights, called like it."""
@@ -24,6 +27,9 @@ class Objective:
             step: steps done so far.
             averaged: calls the generator with the first moving average of its weights, without gradients; None where none is kept.
         """
+
+    guidance: "ModelGuidance | None" = None
+    """Where the target is a guided one; its scale may move with the score of samples."""
 
     def __call__(self, model: Network, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Named terms; `loss` is what is minimised.

@@ -38,6 +38,19 @@ class ModelGuidanceConfig:
     authors' code."""
     base: Literal["null", "other_label"] = "null"
     """What the guiding pair is compared with: no label, or another one drawn at random."""
+    auto_every: int = 0
+    """Steps after which samples are scored and the scale is moved, from 1 upwards while they get worse and back while they get better,
+    `scale` being the largest (section 3.3 of the paper, which names no constants); 0 keeps `scale`."""
+    auto_rate: float = 0.1
+    """Part of the way that the scale moves each time."""
+    auto_num: int = 1000
+    """Samples that are scored each time."""
+    auto_reference: str | None = None
+    """Real images for their FID: folder:PATH, parquet:GLOB, digits, or a file of statistics; the training images unless told."""
+    auto_extractor: str = "inception"
+    """Features of that FID; digits for digits."""
+    auto_weights: str | None = None
+    """Local file of the extractor's weights, where it is inception."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.scale <= (self.scale_max or self.scale):
@@ -49,6 +62,14 @@ class ModelGuidanceConfig:
             )
         if not 0 < self.max_time <= 1 or self.start_step < 0:
             raise UserError(f"loss.guidance.max_time {self.max_time} must lie in (0, 1], and start_step {self.start_step} be 0 or more")
+
+        if self.auto_every < 0 or self.auto_num < 2 or not 0 < self.auto_rate <= 1:
+            raise UserError(
+                f"loss.guidance.auto_every {self.auto_every} must be 0 or more, auto_num {self.auto_num} at least 2, "
+                f"and auto_rate {self.auto_rate} lie in (0, 1]"
+            )
+        if self.auto_every and self.scale_max is not None:
+            raise UserError("loss.guidance.auto_every finds one scale, and scale_max asks for a range; leave one of them out")
 
     @property
     def is_on(self) -> bool:
@@ -79,6 +100,8 @@ class ModelGuidance:
         self.scale_conditioned, self.null_label = scale_conditioned, null_label
         self.averaged: Network | None = None
         self.num_dropped = self.num_guided = 0
+        self.scale = 1.0 if config.auto_every else config.scale
+        self.last_fid = float("inf")
 
     def begin_step(self, step: int, averaged: Network | None) -> None:
         """See `Objective.begin_step`; how many rows are dropped and guided is settled here."""
@@ -95,11 +118,17 @@ class ModelGuidance:
         place = positions % self.batch_size
         guided = place < self.num_guided
         dropped = ~guided & (place < self.num_guided + self.num_dropped)
-        scale = torch.full_like(t, self.config.scale)
+        scale = torch.full_like(t, self.scale)
         if self.config.scale_max is not None:
             scale += (self.config.scale_max - self.config.scale) * draws.uniform(Purpose.GUIDED_ROWS).to(t)
         weight = torch.where(guided & (t < self.config.max_time), scale - 1, 0.0)
         return Rows(dropped, weight, torch.where(guided, scale, 1.0).masked_fill(dropped, 0.0))
+
+    def adapt(self, fid: float) -> None:
+        """Move the scale by the score of samples that were drawn now, lower being better."""
+        wanted = self.config.scale if fid > self.last_fid else 1.0
+        self.scale += self.config.auto_rate * (wanted - self.scale)
+        self.last_fid = fid
 
     @torch.no_grad()
     def correction(self, x_t: Tensor, network_time: Tensor, labels: Tensor, rows: Rows, draws: TrainingDraws) -> Tensor:

@@ -1,5 +1,6 @@
 """Training a generator: its objective on codes, from an encoded data set or through a frozen tokenizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class GeneratorStage:
         features: makes a frozen network's features of such images [B, N, Z], where the objective wants them.
         sample_posterior: of batches that hold images: draw latents from the posterior instead of taking its mean.
         seed: of those samples.
+        fid: draws samples from the model as it is and scores them, for an objective whose guidance follows that.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class GeneratorStage:
         features: nn.Module | None = None,
         sample_posterior: bool = False,
         seed: int = 0,
+        fid: Callable[[], float] | None = None,
     ) -> None:
         self.model, self.objective, self.tokenizer = model, objective, tokenizer.requires_grad_(False).eval()
         self.features = features.requires_grad_(False).eval() if features is not None else None
         self.sample_posterior, self.seed = sample_posterior, seed
         self.baselines: dict[str, float] = objective.baselines
         self.adversary = None
+        self.fid, self.averages = fid, EMA(model, ())
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if "codes" not in batch:
@@ -59,13 +63,30 @@ class GeneratorStage:
         return torch.addcmul(mean, std, noise.to(mean.device))
 
     def before_step(self, step: int, averages: EMA) -> None:
+        self.averages = averages
         self.objective.begin_step(step, averages if averages.decays else None)
 
     def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
-        return {}
+        """Samples are drawn with the averaged weights and scored by the main process, where guidance follows that."""
+        guidance = self.objective.guidance
+        if guidance is None or not guidance.config.auto_every:
+            return {}
+        if step % guidance.config.auto_every == 0:
+            score = torch.zeros((), device=accelerator.device)
+            if accelerator.is_main_process:
+                assert self.fid is not None
+                self.model.eval()
+                with self.averages.applied():
+                    score += self.fid()
+                self.model.train()
+            guidance.adapt(float(accelerator.reduce(score, "sum")))
+        known = guidance.last_fid < float("inf")
+        return {"guidance_scale": guidance.scale} | ({"guidance_fid": guidance.last_fid} if known else {})
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        guidance = self.objective.guidance
+        return {} if guidance is None else {"guidance_scale": guidance.scale, "guidance_fid": guidance.last_fid}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing was saved."""
+        if self.objective.guidance is not None:
+            self.objective.guidance.scale, self.objective.guidance.last_fid = state["guidance_scale"], state["guidance_fid"]

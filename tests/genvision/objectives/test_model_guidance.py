@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from genvision.convert import load_official
@@ -12,6 +13,7 @@ from genvision.objectives.draws import TrainingDraws, stochastic_round
 from genvision.objectives.flow import FlowLossConfig, FlowMatching
 from genvision.objectives.model_guidance import ModelGuidanceConfig
 from genvision.training.ema import EMA
+from genvision.training.generator_stage import GeneratorStage
 from parity_fixtures import FOLDER, Fixture, _below
 
 
@@ -163,3 +165,28 @@ def test_it_needs_a_null_class_and_the_right_kind_of_model():
         objective(tiny(), scale_max=2.0)
     with pytest.raises(UserError, match=r"scale_max and model\.scale_conditioned go together"):
         objective(tiny(scale_conditioned=True))
+
+
+def test_an_automatic_scale_rises_while_samples_get_worse_and_falls_while_they_get_better():
+    guidance = objective(tiny(), scale=3.0, auto_every=10, auto_rate=0.5).guidance
+    scales = []
+    for fid in (50.0, 60.0, 70.0, 40.0, 40.0):
+        guidance.adapt(fid)
+        scales.append(guidance.scale)
+    assert scales == [1.0, 2.0, 2.5, 1.75, 1.375]
+    guidance.begin_step(0, EMA(tiny(), (0.9,)))
+    rows = guidance.rows(torch.arange(8), torch.zeros(8), TrainingDraws(0, torch.arange(8)))
+    assert set(rows.weight.tolist()) <= {0.375, 0.0} and rows.weight[0] == 0.375
+
+
+def test_the_stage_scores_samples_at_its_steps_and_keeps_the_scale():
+    model, fids = tiny(), iter([50.0, 60.0])
+    stage = GeneratorStage(model, objective(model, auto_every=2, auto_rate=0.5, scale=2.0), torch.nn.Identity(), fid=lambda: next(fids))
+    stage.before_step(0, EMA(model, (0.9,)))
+    accelerator = Accelerator(cpu=True)
+    logged = [stage.after_step(step, accelerator) for step in (1, 2, 3, 4)]
+    assert [terms["guidance_scale"] for terms in logged] == [1.0, 1.0, 1.0, 1.5]
+    assert "guidance_fid" not in logged[0] and logged[3]["guidance_fid"] == 60.0
+    other = GeneratorStage(model, objective(model, auto_every=2), torch.nn.Identity())
+    other.load_state_dict(stage.state_dict())
+    assert other.objective.guidance.scale == 1.5 and model.training
