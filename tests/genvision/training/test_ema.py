@@ -3,6 +3,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from genvision.models.dit import DiT
 from genvision.training.ema import EMA
 
 
@@ -37,6 +38,32 @@ def test_equals_the_average_of_diffusers(num_steps):
         theirs.step(model.parameters())
     for (name, _), shadow in zip(model.named_parameters(), theirs.shadow_params, strict=True):
         torch.testing.assert_close(ours.averages[0.9][name], shadow)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_average_of_a_diffusion_transformer_equals_that_of_diffusers(warmup):
+    """EMAModel without its option use_ema_warmup still begins with min(decay, (1 + n) / (10 + n)), as `warmup` does here; min_decay
+    holds it at the decay. Its first step is a copy, whatever the options."""
+    torch.manual_seed(0)
+    model = DiT(input_size=4, in_channels=2, hidden_dim=16, depth=1, num_heads=2, num_classes=3, norm="rms", use_qk_norm=True)
+    ours = EMA(model, (0.95,), warmup=warmup)
+    theirs = EMAModel(model.parameters(), decay=0.95, min_decay=0.0 if warmup else 0.95, use_ema_warmup=False)
+    theirs.step(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step in range(1, 31):
+        x, t, labels = torch.randn(4, 2, 4, 4), torch.rand(4) * 999, torch.arange(4) % 3
+        (model(x, t, labels) - torch.randn(4, 2, 4, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ours.update(step)
+        theirs.step(model.parameters())
+        assert theirs.cur_decay_value == ours.decay_at(step, 0.95) == (min(0.95, (1 + step) / (10 + step)) if warmup else 0.95)
+    averages = ours.state_dict(0.95)
+    for (name, parameter), shadow in zip(model.named_parameters(), theirs.shadow_params, strict=True):
+        torch.testing.assert_close(averages[name], shadow)
+        assert not torch.equal(averages[name], parameter)
+    theirs.copy_to(model.parameters())
+    assert all(torch.allclose(tensor, averages[name], atol=1e-6) for name, tensor in model.state_dict().items())
 
 
 def test_a_short_run_does_not_keep_its_random_start():
