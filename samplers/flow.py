@@ -7,6 +7,7 @@ Shapes: B images, latents [B, c, h, w].
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -164,7 +165,7 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
             if self._is_special(i):
                 x = LAST_STEPS[self.last_step](field, x, t, after)
             else:
-                x = advance(field, x, t, after, lambda i=i: step_noise(i))
+                x = advance(field, x, t, after, partial(step_noise, i))
         return x
 
     def _integrate_adaptively(self, flow: Flow, network: GuidedNetwork, x: Tensor, begin: float, end: float) -> Tensor:
