@@ -170,8 +170,9 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
 
     def _integrate_adaptively(self, flow: Flow, network: GuidedNetwork, x: Tensor, begin: float, end: float) -> Tensor:
         """By dopri5, piece by piece, for the velocity jumps where guidance begins and ends."""
-        jumps = [t for t in (1 - self.guidance.start, 1 - self.guidance.stop) if end < t < begin and self.guidance.scale != 1]
-        for before, after in pairwise([begin, *jumps, end]):
+        jumps = {1 - self.guidance.start, 1 - self.guidance.stop} if self.guidance.scale != 1 else set()
+        pieces = [begin, *sorted((t for t in jumps if end < t < begin), reverse=True), end]
+        for before, after in pairwise(pieces):
             middle = torch.tensor([(before + after) / 2], dtype=torch.float64)
             is_guided = bool(self.guidance.scale_over(1 - middle) != 1)
 

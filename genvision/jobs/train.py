@@ -152,6 +152,8 @@ class _TokenizerJob:
             raise UserError(f"data.spec {data.spec}: a tokenizer is trained on images; give digits, folder:, parquet: or npz:")
         if data.image_size is None:
             raise UserError("data.image_size is missing; a tokenizer needs the side of its training images")
+        if data.posterior != "mean" or data.features is not None:
+            raise UserError("data.posterior and data.features are for training generators; a tokenizer sees images only, leave them out")
         options = {name: value for name, value in config.model.items() if name != "name"}
         loss = TokenizerLossConfig(**config.loss)
         with rng.seeded(config.seed):

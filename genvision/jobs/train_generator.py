@@ -1,7 +1,5 @@
 """The generator stage of `genvision train`: which model, objective and sampler belong together, and what they are trained on."""
 
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +12,9 @@ from genvision.data.sources import open_source
 from genvision.errors import UserError
 from genvision.images import make_grid, save_png
 from genvision.objectives.base import Objective
+from genvision.objectives.model_guidance import ModelGuidanceConfig
 from genvision.pipeline import ImagePipeline
+from genvision.processes import process_state
 from genvision.samplers.base import Sampler
 from genvision.tokenizers.base import TokenizerSpec, content_hash, open_tokenizer
 from genvision.training import rng
@@ -22,6 +22,7 @@ from genvision.training.config import TrainConfig
 from genvision.training.generator_stage import GeneratorStage
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
+SCORED_AT_ONCE = 250
 
 
 class GeneratorJob:
@@ -40,7 +41,6 @@ class GeneratorJob:
             self.dataset = EncodedDataset(
                 folder, expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed, with_features=aligned
             )
-            _check_posterior(config, self.dataset)
             code_shape = tuple(self.dataset.code_shape)
             self.num_workers = data.num_workers if self.dataset.has_posterior else 0  # memory-mapped codes need no decoding
         else:
@@ -50,6 +50,7 @@ class GeneratorJob:
             self.dataset = image_dataset(config, size)
             code_shape = self.tokenizer.spec.code_shape(size)
             self.num_workers = data.num_workers
+        _check_posterior(config, self.tokenizer.spec, self.dataset)
         names = list(self.dataset.label_names)
         num_classes = config.model.get("num_classes") or len(names)
         highest = int(self.dataset.labels.max())
@@ -68,7 +69,7 @@ class GeneratorJob:
             features=_features(config, self.model, self.dataset),
             sample_posterior=data.posterior == "sample",
             seed=config.seed,
-            fid=partial(_fid_of_samples, config, self),
+            fid=self._scorer(config, objective),
         )
 
     def preview(self, folder: Path, step: int) -> None:
@@ -86,35 +87,56 @@ class GeneratorJob:
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
         self.pipeline().save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance})
 
+    def _scorer(self, config: TrainConfig, objective: Objective) -> "_SampleFID | None":
+        """What Model-guidance follows with its scale, if it does."""
+        if objective.guidance is None or not objective.guidance.config.auto_every:
+            return None
+        return _SampleFID(config, objective.guidance.config, self.pipeline())
 
-def _fid_of_samples(config: TrainConfig, job: GeneratorJob) -> float:
-    """FID of new samples, which Model-guidance may follow with its scale; the same sample numbers every time."""
-    from genvision.eval.features import ExtractorOptions
-    from genvision.eval.job import EvaluationOptions, score_arrays
 
-    guidance = config.loss["guidance"]
-    guidance = guidance if isinstance(guidance, dict) else asdict(guidance)
-    reference = guidance["auto_reference"] or config.data.spec
-    if reference.startswith("encoded:"):
-        raise UserError("loss.guidance.auto_reference is missing; the data holds codes, so name real images to score samples against")
-    device = job.model.device
-    pipeline = job.pipeline()
-    pipeline.tokenizer.to(device)
-    labels = [i % len(job.label_names) for i in range(guidance["auto_num"])]
-    parts = [range(start, min(start + 250, len(labels))) for start in range(0, len(labels), 250)]
-    images = [pipeline([labels[i] for i in part], indices=part, seed=config.seed, output_type="np").images for part in parts]
-    weights = guidance["auto_weights"]
-    options = EvaluationOptions(
-        protocol="digits" if guidance["auto_extractor"] == "digits" else "adm",
-        metrics=("fid",),
-        extractor=guidance["auto_extractor"],
-        networks=ExtractorOptions(inception_weights=Path(weights) if weights is not None else None, device=str(device)),
-        image_size=pipeline.image_size,
-        show_progress=False,
-    )
-    fid = score_arrays(np.concatenate(images), np.array(labels), reference, name="samples", options=options).fid
-    assert fid is not None
-    return fid
+class _SampleFID:
+    """FID of new samples of a model in training: the same sample numbers every time, each process draws its share.
+
+    Raises:
+        UserError: the reference or the extractor cannot be used; before the first step.
+    """
+
+    def __init__(self, config: TrainConfig, guidance: ModelGuidanceConfig, pipeline: ImagePipeline) -> None:
+        from genvision.eval.features import ExtractorOptions
+        from genvision.eval.job import EvaluationOptions
+        from genvision.jobs.fid import SampledSet, plan_sampled
+        from genvision.jobs.sample import SampleRequest
+
+        reference = guidance.auto_reference or config.data.spec
+        if reference.startswith("encoded:"):
+            raise UserError("loss.guidance.auto_reference is missing; the data holds codes, so name real images to score samples against")
+        weights = Path(guidance.auto_weights) if guidance.auto_weights is not None else None
+        options = EvaluationOptions(
+            protocol="digits" if guidance.auto_extractor == "digits" else "adm",
+            metrics=("fid",),
+            extractor=guidance.auto_extractor,
+            networks=ExtractorOptions(inception_weights=weights, device=str(process_state().device)),
+            show_progress=False,
+        )
+        request = SampleRequest(num=guidance.auto_num, classes=tuple(range(len(pipeline.label_names))), seed=config.seed)
+        self.sampled = SampledSet(pipeline=pipeline, request=request, model="the model in training")
+        self.plan = plan_sampled(self.sampled, reference, options)
+        assert self.plan.reference is not None
+
+    def __call__(self) -> float:
+        """For all processes at once; the same number in each."""
+        from genvision.eval.hygiene import hash_images
+        from genvision.eval.measurement import shares
+        from genvision.eval.moments import frechet_distance
+
+        state, plan, num = process_state(), self.plan, self.sampled.request.num
+        pipeline = self.sampled.pipeline
+        pipeline.tokenizer.to(pipeline.device)
+        measurement = plan.measurement()
+        for chunk in shares(num, SCORED_AT_ONCE)[state.process_index :: state.num_processes]:
+            images, _ = self.sampled.draw(chunk)
+            measurement.add(np.arange(chunk.start, chunk.stop), plan.networks.rows(images, plan.rows), hash_images(images))
+        return frechet_distance(measurement.finish(num).moments("pool"), plan.reference.statistics["pool"])  # type: ignore[union-attr]
 
 
 class _Parts(NamedTuple):
@@ -179,6 +201,8 @@ def _features(config: TrainConfig, model: Any, dataset: Any) -> nn.Module | None
         UserError: the model is aligned with nothing, or features and model do not fit.
     """
     data, align_depth = config.data, config.model.get("align_depth")
+    if data.features is None and (data.features_weights is not None or data.features_download):
+        raise UserError("data.features_weights and data.features_download are for the network of data.features; name it, or leave them out")
     if not align_depth:
         if data.features is not None:
             raise UserError(
@@ -191,6 +215,8 @@ def _features(config: TrainConfig, model: Any, dataset: Any) -> nn.Module | None
             raise UserError(
                 f"model.align_depth {align_depth}: {data.spec} has no features of a frozen network; encode again with --features"
             )
+        if data.features is not None:
+            raise UserError(f"data.features {data.features}: {data.spec} has features of its own; leave data.features out")
         num_tokens, dim = dataset.features.shape
     elif data.features is None:
         raise UserError(f"model.align_depth {align_depth}: data.features is missing; name a frozen network, dinov2_vitb14 for example")
@@ -200,22 +226,27 @@ def _features(config: TrainConfig, model: Any, dataset: Any) -> nn.Module | None
         weights = Path(data.features_weights) if data.features_weights is not None else None
         network = FrozenFeatures(data.features, weights, data.features_download, tokens_per_side=model.grid[0])
         num_tokens, dim = network.num_tokens, network.dim
-    places = model.grid[0] * model.grid[1]
-    if num_tokens != places:
+    rows, columns = model.grid
+    if num_tokens != rows * columns:
         raise UserError(
-            f"{data.spec}: features stand at {num_tokens} places, the model has {places} tokens; encode with --features-grid {model.grid[0]}"
+            f"{data.spec}: features stand at {num_tokens} places, the model has {rows * columns} tokens; encode with --features-grid {rows}"
         )
     if tuple(model.config.align_dims) != (dim,):
         raise UserError(f"model.align_dims {list(model.config.align_dims)}: the features have {dim} channels; set it to [{dim}]")
     return network
 
 
-def _check_posterior(config: TrainConfig, dataset: EncodedDataset) -> None:
-    """An encoded data set says itself whether its latents are samples; the configuration must not say otherwise."""
+def _check_posterior(config: TrainConfig, spec: TokenizerSpec, dataset: Any) -> None:
+    """Latents that are sampled need a posterior; an encoded data set says itself whether it has one, and must not be contradicted."""
+    wanted = config.data.posterior
+    if spec.discrete and wanted == "sample":
+        raise UserError(f"data.posterior sample: {config.tokenizer} makes discrete codes, which have no posterior; leave it out")
+    if not isinstance(dataset, EncodedDataset):
+        return
     stored = "sample" if dataset.has_posterior else "mean"
-    if config.data.posterior != stored:
+    if wanted != stored:
         mend = "encode again with --posterior" if stored == "mean" else "set data.posterior to sample"
-        raise UserError(f"data.posterior {config.data.posterior}: {config.data.spec} holds what gives the posterior's {stored}; {mend}")
+        raise UserError(f"data.posterior {wanted}: {config.data.spec} holds what gives the posterior's {stored}; {mend}")
 
 
 def image_dataset(config: TrainConfig, image_size: int) -> ImageDataset:

@@ -132,6 +132,10 @@ def test_the_calls_of_dopri5_are_counted_for_each_image():
     assert sampler.network_calls(generator) is None
     sampler.sample(generator, torch.tensor([0, 1, 0, 1]), ImageStreams(0, range(4)))
     assert sum(generator.rows) == int(sampler.calls.sum()) and len(set(sampler.calls.tolist())) > 1
+    nowhere = FlowSampler(method="dopri5", guidance_scale=2.0, guidance_start=0.5, guidance_stop=0.5)
+    drawn = nowhere.sample(gaussian(), torch.tensor([0, 1]), ImageStreams(0, [0, 1]))
+    plain = FlowSampler(method="dopri5").sample(gaussian(), torch.tensor([0, 1]), ImageStreams(0, [0, 1]))
+    torch.testing.assert_close(drawn, plain, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("prediction", ["noise", "score", "clean"])

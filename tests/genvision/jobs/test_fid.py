@@ -1,6 +1,8 @@
 """Sampling and scoring in one job: the same numbers however it is run, killed or split."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from genvision.cli import main
@@ -19,6 +23,7 @@ from genvision.eval.features import ExtractorOptions
 from genvision.eval.job import EvaluationOptions, evaluate
 from genvision.eval.result import EvaluationResult
 from genvision.jobs.fid import fid_from_folder
+from genvision.pipeline import ImagePipeline
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = EvaluationOptions(protocol="digits", show_progress=False, networks=ExtractorOptions())
@@ -92,6 +97,70 @@ def test_killed_five_times_it_ends_with_the_same_features_and_numbers(tiny_model
         for key, array in rows.items():
             np.testing.assert_array_equal(ours[name][key], array, err_msg=f"{name} {key}")
     assert numbers(out) == numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "options"),
+    [
+        ("tiny_flow", {"guidance_scale": 2.0, "guidance_start": 0.5}),
+        ("tiny_flow", {"guidance_scale": 2.0, "method": "dopri5", "rtol": 0.05, "atol": 0.05}),
+        ("tiny_diffusion", {}),
+    ],
+)
+def test_latents_are_scored_with_the_network_calls_that_were_made_even_after_a_kill(fixture, options, request, tmp_path):
+    """dopri5 decides on its steps image by image. The killed process is a fork of this one, which has loaded torch already."""
+    model = request.getfixturevalue(fixture)
+    run(model, tmp_path / "whole", batch_size=5, sampler_options=options)
+    pipeline = ImagePipeline.from_pretrained(model)
+    calls = torch.cat(
+        [pipeline([j % 10 for j in range(i, i + 5)], indices=range(i, i + 5), **options).network_calls for i in range(0, 60, 5)]
+    )
+    assert (len(calls.unique()) > 1) == ("method" in options)
+    assert numbers(tmp_path / "whole")["sampling"]["network_calls"] == pytest.approx(float(calls.double().mean()))
+
+    killed = tmp_path / "killed"
+    job = {"batch_size": 5, "sampler_options": options}
+    process = multiprocessing.get_context("fork").Process(target=run, args=(model, killed), kwargs=job)
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(features_present(killed)) < 2:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(features_present(killed)) < 12
+    run(model, killed, **job)
+    ours, theirs = numbers(killed), numbers(tmp_path / "whole")
+    assert ours["sampling"] == theirs["sampling"]
+    assert ours["fid"] == pytest.approx(theirs["fid"], rel=1e-3)
+
+
+def test_two_processes_draw_and_count_the_same_latents(tiny_flow, tiny_diffusion, tmp_path):
+    """Several jobs one after another, as starting processes takes long."""
+    adaptive = {"method": "dopri5", "guidance_scale": 2.0}
+    run(tiny_flow, tmp_path / "one", batch_size=7, keep=True, sampler_options=adaptive)
+    draw = ["sample", "--num", "20", "--seed", "3", "--guidance", "2", "--batch-size", "3"]
+    models = {"flow": tiny_flow, "diffusion": tiny_diffusion}
+    jobs = [[*draw, "--model", str(model), "--out", str(tmp_path / f"two {name}")] for name, model in models.items()]
+    jobs.append([*words(tiny_flow, tmp_path / "two", 60, 7), "--method", "dopri5", "--guidance", "2", "--keep"])
+    script = tmp_path / "jobs.py"
+    script.write_text(f"from genvision.cli import main\n\nfor words in {jobs!r}:\n    main(words)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29543", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for name, model in models.items():
+        main([*draw, "--model", str(model), "--out", str(tmp_path / f"one {name}")])
+    for one, two, num in (("one flow", "two flow", 20), ("one diffusion", "two diffusion", 20), ("one/images", "two/images", 60)):
+        images = [
+            np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / folder).glob("*.png"))]).astype(int)
+            for folder in (one, two)
+        ]
+        assert len(images[0]) == num and np.abs(images[0] - images[1]).max() <= 1  # where a last bit decides on a byte
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["num_processes"] == 2
+    ours, theirs = numbers(tmp_path / "two"), numbers(tmp_path / "one")
+    assert ours["sampling"] == theirs["sampling"] and ours["sampling"]["network_calls"] % 1
+    assert ours["fid"] == pytest.approx(theirs["fid"], rel=1e-3)
 
 
 def features_present(out: Path) -> list[Path]:

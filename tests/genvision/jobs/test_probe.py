@@ -21,6 +21,18 @@ def test_a_model_folder_is_probed_into_files(tiny_model, tmp_path):
         probe_folder(tiny_model, "digits:first", "digits:second", out, config=QUICK, show_progress=False)
 
 
+@pytest.mark.parametrize("fixture", ["tiny_flow", "tiny_diffusion"])
+def test_a_model_of_latents_is_probed(fixture, request, tmp_path):
+    config = probe_config(layer="0,2", pooling="mean", k=3, weight_decays=(0.1,))
+    sets = {"num_train": 200, "num_test": 100, "show_progress": False}
+    result = probe_folder(request.getfixturevalue(fixture), "digits:first", "digits:second", tmp_path / "out", config=config, **sets)
+    assert {row["layer"] for row in result.rows} == {0, 2} and result.num_layers == 2
+    assert max(row["top1"] for row in result.rows) > 3 * result.chance  # real digits are easy
+    assert {row["input"] for row in result.baselines} == {"pixels", "latents"}
+    grey, latents = ([row["top1"] for row in result.baselines if row["input"] == name] for name in ("pixels", "latents"))
+    assert latents == pytest.approx(grey, abs=0.05)  # which say the same here
+
+
 def test_bad_requests_leave_nothing_behind(tiny_model, tmp_path):
     for model, train, message in (
         (tmp_path / "absent", "digits:first", "no such folder"),

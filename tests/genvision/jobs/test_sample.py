@@ -1,6 +1,7 @@
 """Sampling jobs: the same images however they are run, interrupted or written."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from genvision.cli import main
 from genvision.errors import UserError
 from genvision.images import from_uint8, to_uint8
 from genvision.jobs.sample import SampleRequest, known_tokens, sample, sample_from_folder
+from genvision.models.dit import DiT
 from genvision.pipeline import ImagePipeline
 from genvision.samplers.randomness import draw_labels
 
@@ -85,6 +87,105 @@ class TestTheSameImages:
     def test_but_not_from_another_seed(self, tiny_model, whole, tmp_path):
         draw(tiny_model, tmp_path / "out", seed=6, sampler_options={"guidance_scale": 2.0})
         assert not pictures(tmp_path / "out").items() & pictures(whole).items()
+
+
+LATENT_PROTOCOLS = {
+    "euler": ("tiny_flow", {}),
+    "noise at every step": ("tiny_flow", {"method": "euler-maruyama"}),
+    "steps of its own": ("tiny_flow", {"method": "dopri5", "rtol": 0.01, "atol": 0.01}),
+    "ddpm": ("tiny_diffusion", {}),
+    "ddim": ("tiny_diffusion", {"method": "ddim", "eta": 0.5}),
+}
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(int)
+
+
+def assert_same_up_to_rounding(images: np.ndarray, others: np.ndarray) -> None:
+    """Latents come out of sums, whose last bit depends on the batch; where a byte is cut off there it moves by one."""
+    difference = np.abs(images - others)
+    assert images.shape == others.shape and difference.max() <= 1 and difference.mean() < 1e-3
+
+
+class TestLatents:
+    """Models of latents draw like models of tokens: an image depends on (seed, number) alone."""
+
+    @pytest.mark.parametrize("protocol", LATENT_PROTOCOLS)
+    def test_the_same_images_whatever_the_batch_size(self, protocol, request, tmp_path):
+        fixture, options = LATENT_PROTOCOLS[protocol]
+        model = request.getfixturevalue(fixture)
+        options = {"sampler_options": {"guidance_scale": 2.0, **options}}
+        for size in (16, 5, 1):
+            draw(model, tmp_path / str(size), batch_size=size, **options)
+        whole = pixels(tmp_path / "16")
+        assert len(np.unique(whole, axis=0)) == 16
+        for size in ("5", "1"):
+            assert_same_up_to_rounding(pixels(tmp_path / size), whole)
+
+    def test_every_option_arrives(self, tiny_flow, tmp_path):
+        words = ["sample", "--model", str(tiny_flow), "--num", "3", "--steps", "4", "--method", "heun", "--guidance", "1.5"]
+        words += ["--guidance-interval", "[0.25, 0.75]", "--guidance-channels", "1", "--guidance-schedule", "linear", "--time-shift", "2"]
+        main([*words, "--out", str(tmp_path / "out")])
+        job = json.loads((tmp_path / "out" / "job.json").read_text())
+        options = {"num_steps": 4, "method": "heun", "guidance_scale": 1.5, "guidance_start": 0.25, "guidance_stop": 0.75}
+        options |= {"guidance_channels": 1, "guidance_schedule": "linear", "time_shift": 2.0}
+        assert job["sampler"].items() >= options.items()
+        expected = ImagePipeline.from_pretrained(tiny_flow)([0, 1, 2], output_type="np", **options)
+        np.testing.assert_array_equal(pixels(tmp_path / "out"), expected.images)
+        assert expected.network_calls.tolist() == [job["network_calls"]] * 3
+        assert 8 < job["network_calls"] < 16  # two calls a step, and some of them guided
+
+    @pytest.mark.parametrize(
+        ("fixture", "words"),
+        [("tiny_flow", ["--steps", "3"]), ("tiny_flow", ["--time-shift", "3"]), ("tiny_diffusion", ["--method", "ddim"])]
+        + [("tiny_diffusion", ["--steps", "1000"]), ("tiny_diffusion", ["--guidance", "3"])],
+    )
+    def test_every_option_matters(self, fixture, words, request, tmp_path):
+        base = ["sample", "--model", str(request.getfixturevalue(fixture)), "--num", "2", "--out"]
+        main([*base, str(tmp_path / "plain")])
+        main([*base, str(tmp_path / "changed"), *words])
+        assert np.abs(pixels(tmp_path / "plain") - pixels(tmp_path / "changed")).mean() > 0.1
+
+    def test_a_weaker_model_guides(self, tiny_flow, tmp_path):
+        weaker = tmp_path / "weaker"
+        shutil.copytree(tiny_flow, weaker)
+        generator = DiT.from_pretrained(weaker, subfolder="generator")
+        with torch.no_grad():
+            generator.head.linear.weight.mul_(0.5)
+        generator.save_pretrained(weaker / "generator")
+        base = ["sample", "--model", str(tiny_flow), "--num", "4", "--out"]
+        main([*base, str(tmp_path / "plain")])
+        main([*base, str(tmp_path / "itself"), "--guidance", "3", "--guide", str(tiny_flow)])
+        main([*base, str(tmp_path / "guided"), "--guidance", "3", "--guide", str(weaker)])
+        assert_same_up_to_rounding(pixels(tmp_path / "itself"), pixels(tmp_path / "plain"))  # weak + 3 (strong - weak)
+        assert np.abs(pixels(tmp_path / "guided") - pixels(tmp_path / "plain")).mean() > 1
+        jobs = [json.loads((tmp_path / name / "job.json").read_text()) for name in ("plain", "itself", "guided")]
+        assert [job["network_calls"] for job in jobs] == [6, 12, 12]
+        assert "guide_hash" not in jobs[0] and jobs[1]["guide_hash"] == jobs[1]["generator_hash"] != jobs[2]["guide_hash"]
+        with pytest.raises(UserError, match="guide_hash"):  # another guide is another job
+            draw(tiny_flow, tmp_path / "guided", num=4, seed=0, guide=tiny_flow, sampler_options={"guidance_scale": 3.0})
+
+    def test_guidance_is_that_of_the_pipeline_inside_the_interval_only(self, tiny_diffusion):
+        pipeline = ImagePipeline.from_pretrained(tiny_diffusion)
+        plain = pipeline([0, 1])
+        assert torch.equal(pipeline([0, 1], guidance_scale=3.0, guidance_start=0.5, guidance_stop=0.5).codes, plain.codes)
+        late = pipeline([0, 1], guidance_scale=3.0, guidance_start=0.5)
+        assert not torch.equal(late.codes, plain.codes)
+        assert late.network_calls.tolist() == [9, 9] and plain.network_calls.tolist() == [6, 6]
+
+    def test_bfloat16_draws_nearly_the_same(self, tiny_flow, tmp_path):
+        for dtype in ("float32", "bfloat16"):
+            draw(tiny_flow, tmp_path / dtype, num=4, dtype=dtype)
+        assert 0 < np.abs(pixels(tmp_path / "bfloat16") - pixels(tmp_path / "float32")).mean() < 5
+
+    def test_missing_pictures_are_drawn_again(self, tiny_diffusion, tmp_path):
+        draw(tiny_diffusion, tmp_path / "out", batch_size=4)
+        whole = pixels(tmp_path / "out")
+        for name in ("000003.png", "000009.png", "labels.json"):
+            (tmp_path / "out" / name).unlink()
+        draw(tiny_diffusion, tmp_path / "out", batch_size=4)
+        assert_same_up_to_rounding(pixels(tmp_path / "out"), whole)
 
 
 class TestInterruption:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from genvision.errors import UserError
 from genvision.eval.job import EvaluationOptions
 from genvision.jobs.fid import fid_from_folder
 from genvision.jobs.sweep import format_sweep, parse_values, sweep
+from genvision.models.dit import DiT
 
 OPTIONS = EvaluationOptions(protocol="digits", metrics=("fid", "is", "pr"), show_progress=False)
 FAST = {"batch_size": 32, "options": OPTIONS, "num": 96}
@@ -67,6 +69,33 @@ def test_a_sweep_scores_every_setting_and_names_the_best(tiny_model, tmp_path):
     )
     assert longer.num_generated == 128
     assert after.items() <= chunks(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize("fixture", ["tiny_flow", "tiny_diffusion"])
+def test_steps_of_models_of_latents_are_swept(fixture, request, tmp_path):
+    model = request.getfixturevalue(fixture)
+    done = sweep(model, "digits:second", tmp_path / "out", options_to_try={"num_steps": [2.0, 5.0], "guidance_scale": [1.0, 2.0]}, **FAST)
+    assert [result.sampling["network_calls"] for result in done.results] == [2, 4, 5, 10]
+    assert len({result.fid for result in done.results}) == 4
+    assert "num_steps=" in format_sweep(done)
+    with pytest.raises(UserError, match="num_steps|steps"):
+        sweep(model, "digits:second", tmp_path / "zero", options_to_try={"num_steps": [2.0, 0.0]}, **FAST)
+    assert not (tmp_path / "zero").exists()
+
+
+def test_a_guide_stands_in_for_the_null_class_in_a_sweep(tiny_flow, tmp_path):
+    model = tmp_path / "without null class"
+    shutil.copytree(tiny_flow, model)
+    generator = DiT.from_pretrained(model, subfolder="generator")
+    without = DiT.from_config({**generator.config, "class_dropout": 0.0})
+    state = generator.state_dict() | {"label_embed.table.weight": generator.label_embed.table.weight[:-1]}
+    without.load_state_dict(state)
+    without.save_pretrained(model / "generator")
+    tried = {"options_to_try": {"guidance_scale": [1.0, 2.0]}, **FAST}
+    with pytest.raises(UserError, match="no null class"):
+        sweep(model, "digits:second", tmp_path / "alone", **tried)
+    done = sweep(model, "digits:second", tmp_path / "guided", guide=tiny_flow, **tried)
+    assert [result.sampling["network_calls"] for result in done.results] == [6, 12]
 
 
 @pytest.mark.parametrize(

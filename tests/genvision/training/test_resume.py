@@ -1,5 +1,6 @@
 """Real training processes, really killed: what comes out must be bit for bit what an undisturbed run makes."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+
+from genvision.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 40
@@ -51,6 +54,30 @@ GENERATOR = {
         "log_every": 5,
         "checkpoint_every": 4,
         "preview_every": 10,
+    },
+}
+
+PIXELS = {
+    "stage": "generator",
+    "seed": 5,
+    "tokenizer": "pixels:gray",
+    "data": {"spec": "digits", "image_size": 8, "flip": True, "num_workers": 0},
+    "optim": {"lr": 0.01, "warmup_steps": 5, "schedule": "cosine"},
+    "train": {"num_steps": STEPS, "batch_size": 8, "accumulation": 2, "log_every": 5, "checkpoint_every": 3, "preview_every": 0},
+    "sampler": {"num_steps": 2},
+}
+SMALL_DIT = {"name": "dit", "hidden_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 2, "class_dropout": 0.2}
+FLOW_DIT = SMALL_DIT | {"path": "linear", "prediction": "velocity"}
+GUIDANCE = {"guidance": {"scale": 2.0, "start_step": 10, "drop_rate": 0.15}}
+DIFFUSION_RUNS = {
+    "flow": PIXELS | {"model": FLOW_DIT},
+    "diffusion": PIXELS | {"model": SMALL_DIT | {"path": "ddpm", "learn_sigma": True}},
+    # whose target is made with the average of the weights
+    "guided": PIXELS | {"model": FLOW_DIT, "loss": GUIDANCE},
+    "guided automatically": PIXELS
+    | {
+        "model": FLOW_DIT,
+        "loss": {"guidance": GUIDANCE["guidance"] | {"auto_every": 7, "auto_rate": 0.5, "auto_num": 20, "auto_extractor": "digits"}},
     },
 }
 
@@ -149,6 +176,31 @@ def test_a_generator_on_images_is_stopped_by_sigterm_and_goes_on(tokenizer_run, 
     finish(start(config, tmp_path / "stopped", "--resume"))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     assert len(list((tmp_path / "whole" / "previews").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("kind", DIFFUSION_RUNS)
+def test_a_diffusion_transformer_goes_on_bit_for_bit(kind, tmp_path):
+    """The killed process is a fork of this one, which has loaded torch already."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(DIFFUSION_RUNS[kind]))
+    words = ["train", "--config", str(config), "--output_dir"]
+    main([*words, str(tmp_path / "whole")])
+    killed = tmp_path / "killed"
+    process = multiprocessing.get_context("fork").Process(target=main, args=([*words, str(killed)],))
+    process.start()
+    deadline = time.monotonic() + 120
+    while newest_step(killed) < 15:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and newest_step(killed) < STEPS
+    main([*words, str(killed), "--resume"])
+    assert_same_run(tmp_path / "whole", killed)
+    if "guided" in kind:
+        lines = [yaml.safe_load(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(5, STEPS + 1, 5))
+        assert "auto" not in kind or 1 < lines[-1]["guidance_scale"] < 2
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
