@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from safetensors.torch import save_file
 from genvision.cli import main
 from genvision.config import MODELS, load_train_config, save_config, shipped_recipes
 from genvision.jobs.encode import encode_data
+from genvision.tokenizers.kl import KLTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = shipped_recipes()
 
 SMALL_MODELS: dict[str, dict[str, object]] = {
     "llamagen": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "num_kv_heads": "null", "mlp_multiple_of": 8, "num_classes": "null"},
+    "dit": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "num_classes": "null"},
     "vq": {"base_channels": 2, "num_res_blocks": 1, "norm_groups": 2},
     "vitok": {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("width", 8), ("depth", 1), ("heads", 2))},
     "kl": {"block_out_channels": [4, 4, 4, 4], "layers_per_block": 1, "norm_num_groups": 2},
@@ -36,6 +39,8 @@ SMALL_LOSS = {
     "adversarial.ramp": 0,
 }
 """The smallest discriminator, heard from the first step; and a tiny perceptual network for the recipes that have a large one."""
+FEATURE_NETWORK, FEATURE_DIM = "test_vit", 64
+"""In the place of DINOv2, which REPA aligns a model with."""
 SMALL_LOOP = {
     "num_steps": 1,
     "batch_size": 2,
@@ -73,6 +78,31 @@ def codes(photos, tiny_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("codes") / "photos"
     encode_data(tiny_tokenizer, f"folder:{photos}", folder, flip=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def kl_tokenizer(tmp_path_factory) -> Path:
+    """4 x 4 latents of 4 channels for 8 x 8 pixels, with a posterior."""
+    folder = tmp_path_factory.mktemp("kl") / "tokenizer"
+    KLTokenizer(image_size=8, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(photos, kl_tokenizer, tmp_path_factory) -> Callable[[bool, bool], Path]:
+    """The photos as latents, with deviations and features (2 x 2 tokens) where they are wanted; each kind is made once."""
+    root = tmp_path_factory.mktemp("latents")
+    weights = root / "features.safetensors"
+    save_file(timm.create_model(FEATURE_NETWORK, num_classes=0).state_dict(), weights)
+
+    def make(posterior: bool, with_features: bool) -> Path:
+        folder = root / f"{posterior}-{with_features}"
+        options = {"features": FEATURE_NETWORK, "features_weights": weights, "features_grid": 2} if with_features else {}
+        if not folder.exists():
+            encode_data(kl_tokenizer, f"folder:{photos}", folder, flip=True, posterior=posterior, **options)
+        return folder
+
+    return make
 
 
 def words(section: str, options: dict[str, object]) -> list[str]:
@@ -121,9 +151,14 @@ def small_codebook(model: dict) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_trains_a_step(recipe, photos, codes, tiny_tokenizer, perceptual_weights, tmp_path):
+def test_a_recipe_trains_a_step(recipe, photos, codes, latents, kl_tokenizer, tiny_tokenizer, perceptual_weights, tmp_path):
     config, _ = load_train_config(["--config", recipe])
     small = words("model", SMALL_MODELS[config.model["name"]]) + words("train", SMALL_LOOP)
+    if config.model["name"] == "dit":
+        small += words("sampler", {"num_steps": 2})
+        small += words("loss.guidance", {"start_step": 0, "auto_every": 0})  # Model-guidance from the first step, where it is on
+        if config.model["align_depth"]:
+            small += words("model", {"align_depth": 1, "align_dims": [FEATURE_DIM], "align_hidden": 8})
     if config.stage == "tokenizer":
         size = max(8, 2 * downsample(config.model))
         small += words("data", {"spec": f"folder:{photos}", "image_size": size, "num_workers": 0})
@@ -136,10 +171,13 @@ def test_a_recipe_trains_a_step(recipe, photos, codes, tiny_tokenizer, perceptua
             started = tmp_path / "started"
             main(["train", "--config", recipe, "--output_dir", str(started), *small])
             small += ["--init_from", str(started / "model")]
+    elif config.data.spec.startswith("encoded:") and config.model["name"] == "dit":
+        folder = latents(config.data.posterior == "sample", bool(config.model["align_depth"]))
+        small += [*words("data", {"spec": f"encoded:{folder}", "num_workers": 0}), "--tokenizer", str(kl_tokenizer)]
     elif config.data.spec.startswith("encoded:"):
         small += [*words("data", {"spec": f"encoded:{codes}"}), "--tokenizer", str(tiny_tokenizer)]
     else:
-        small += [*words("data", {"spec": f"folder:{photos}", "image_size": 8, "num_workers": 0}), "--tokenizer", str(tiny_tokenizer)]
+        small += [*words("data", {"spec": f"folder:{photos}", "image_size": 8, "num_workers": 0})]  # pixels, which need no folder
     main(["train", "--config", recipe, "--output_dir", str(tmp_path / "run"), *small])
 
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()

@@ -1,5 +1,8 @@
 """Feed-forward blocks."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,7 +51,26 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_tanh(self.fc1(x)))
+
+
+TILE = 2**16
+"""Floats that stay in a core's cache."""
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh form, x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)); without gradients, on a CPU, it overwrites x.
+
+    That takes half the time: tile by tile in the cache, with a sigmoid in place of a tanh and no second large buffer (1.1 to 1.2 times the
+    speed of a whole DiT-S/2).
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.gelu(x, approximate="tanh")
+    slope = 2 * math.sqrt(2 / math.pi)
+    constant = x.new_tensor(slope)
+    for tile in x.view(-1).split(TILE):
+        tile.mul_(torch.addcmul(constant, tile, tile, value=0.044715 * slope).mul_(tile).sigmoid_())
+    return x
 
 
 class PackedSwiGLU(nn.Module):

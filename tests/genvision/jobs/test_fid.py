@@ -112,9 +112,8 @@ def test_latents_are_scored_with_the_network_calls_that_were_made_even_after_a_k
     model = request.getfixturevalue(fixture)
     run(model, tmp_path / "whole", batch_size=5, sampler_options=options)
     pipeline = ImagePipeline.from_pretrained(model)
-    calls = torch.cat(
-        [pipeline([j % 10 for j in range(i, i + 5)], indices=range(i, i + 5), **options).network_calls for i in range(0, 60, 5)]
-    )
+    chunks = [range(i, i + 5) for i in range(0, 60, 5)]
+    calls = torch.cat([pipeline([i % 10 for i in chunk], indices=chunk, **options).network_calls for chunk in chunks])
     assert (len(calls.unique()) > 1) == ("method" in options)
     assert numbers(tmp_path / "whole")["sampling"]["network_calls"] == pytest.approx(float(calls.double().mean()))
 

@@ -78,7 +78,7 @@ def test_steps_of_models_of_latents_are_swept(fixture, request, tmp_path):
     assert [result.sampling["network_calls"] for result in done.results] == [2, 4, 5, 10]
     assert len({result.fid for result in done.results}) == 4
     assert "num_steps=" in format_sweep(done)
-    with pytest.raises(UserError, match="num_steps|steps"):
+    with pytest.raises(UserError, match="steps"):
         sweep(model, "digits:second", tmp_path / "zero", options_to_try={"num_steps": [2.0, 0.0]}, **FAST)
     assert not (tmp_path / "zero").exists()
 
