@@ -109,6 +109,18 @@ def train_llamagen(tmp_path, tiny_tokenizer, tiny_codes) -> list[str]:
     return ["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]
 
 
+@pytest.fixture
+def train_dit(tmp_path) -> list[str]:
+    """Arguments that train a tiny flow transformer into `run`, for which pictures are pixels."""
+    config = tmp_path / "dit.yaml"
+    config.write_text(
+        "stage: generator\ntokenizer: pixels:gray\ndata: {spec: digits, image_size: 8, num_workers: 0}\n"
+        "model: {name: dit, hidden_dim: 16, depth: 1, num_heads: 2, path: linear, prediction: velocity}\n"
+        "train: {num_steps: 2, batch_size: 4, ema_decays: [0.9], checkpoint_every: 1, preview_every: 0}\n"
+    )
+    return ["train", "--config", str(config), "--output_dir", str(tmp_path / "run")]
+
+
 class TestWithoutWork:
     def test_the_bare_command_prints_help_and_fails(self, capsys):
         with pytest.raises(SystemExit) as exit:
@@ -233,6 +245,62 @@ class TestSample:
     )
     def test_impossible_option(self, refused_cleanly, tiny_model, out, options, expected):
         assert expected in refused_cleanly("sample", "--model", tiny_model, "--out", out, *options)
+
+    @pytest.mark.parametrize(
+        ("fixture", "options", "expected"),
+        [
+            ("tiny_flow", ["--steps", "0"], "num_steps must be at least 1 with method euler, got 0"),
+            ("tiny_flow", ["--method", "euler-maruyama", "--steps", "1"], "num_steps must be at least 2"),
+            ("tiny_diffusion", ["--steps", "0"], "1 .. 1000"),
+            ("tiny_diffusion", ["--steps", "1001"], "1 .. 1000"),
+            ("tiny_diffusion", ["--steps", "many"], "--steps"),
+            ("tiny_flow", ["--method", "ddim"], "method 'ddim' is unknown; choose one of euler"),
+            ("tiny_diffusion", ["--method", "euler"], "method 'euler' is unknown; choose one of ddpm"),
+            ("tiny_flow", ["--time-shift", "0.3"], "time_shift 0.3"),
+            ("tiny_diffusion", ["--time-shift", "3"], "DiffusionSampler has no option 'time_shift'"),
+            ("tiny_flow", ["--method", "dopri5", "--time-shift", "3"], "dopri5 chooses its own times"),
+            ("tiny_flow", ["--guidance-interval", "[0, 1.5]"], "guidance interval 0.0 .. 1.5"),
+            ("tiny_flow", ["--guidance-interval", "[-0.1, 1]"], "guidance interval -0.1 .. 1.0"),
+            ("tiny_flow", ["--guidance-channels", "2"], "the latents have 1 channels"),
+            ("tiny_flow", ["--guidance-channels", "0"], "guidance channels 0"),
+            ("tiny_flow", ["--scale-condition", "1.5"], "scale_condition is for scale-conditioned models"),
+            ("tiny_diffusion", ["--scale-condition", "1.5"], "scale_condition is for scale-conditioned models"),
+            ("tiny_flow", ["--cfg-interval", "3"], "cfg-interval counts tokens, and this model draws latents; give guidance-interval"),
+            ("tiny_flow", ["--temperature", "0.5"], "FlowSampler has no option 'temperature'"),
+            ("tiny_flow", ["--guide", "nothing"], "nothing: no such folder"),
+            ("tiny_model", ["--steps", "5"], "AutoregressiveSampler has no option 'num_steps'"),
+            ("tiny_model", ["--method", "euler"], "AutoregressiveSampler has no option 'method'"),
+        ],
+    )
+    def test_impossible_option_of_latents(self, refused_cleanly, request, out, fixture, options, expected):
+        assert expected in refused_cleanly("sample", "--model", request.getfixturevalue(fixture), "--out", out, *options)
+
+    def test_a_guide_of_another_kind(self, refused_cleanly, tiny_model, tiny_flow, tiny_diffusion, out):
+        def guided(model, guide):
+            return refused_cleanly("sample", "--model", model, "--guide", guide, "--guidance", "2", "--out", out)
+
+        assert "the guide has path ddpm, the model linear" in guided(tiny_flow, tiny_diffusion)
+        assert "guide" in guided(tiny_flow, tiny_model)
+        assert "a guide is for samplers of latents" in guided(tiny_model, tiny_flow)
+
+    def test_latents_cannot_be_completed(self, refused_cleanly, tiny_flow, out, photos):
+        picture = photos / "cat" / "0.png"
+        message = refused_cleanly("sample", "--model", tiny_flow, "--out", out, "--complete", picture)
+        assert "--complete: this model draws latents" in message
+
+    def test_the_same_of_a_job_that_scores(self, refused_cleanly, tiny_flow, out):
+        job = ("fid", "--model", tiny_flow, "--num", "40", "--reference", "digits", "--protocol", "digits", "--out", out, "--device", "cpu")
+        assert "num_steps must be at least 1" in refused_cleanly(*job, "--steps", "0")
+        assert "cfg-interval counts tokens" in refused_cleanly(*job, "--cfg-interval", "3")
+        assert "no such folder" in refused_cleanly(*job, "--guide", "nothing")
+
+    @pytest.mark.parametrize("path", ["linear", "ddpm"])
+    def test_guidance_of_latents_without_a_null_class(self, refused, train_dit, tmp_path, out, path):
+        prediction = {"linear": "velocity", "ddpm": "noise"}[path]
+        main([*train_dit, "--model.class_dropout", "0", "--model.path", path, "--model.prediction", prediction])
+        message = refused("sample", "--model", tmp_path / "run" / "model", "--out", out, "--guidance", "2")
+        assert "no null class to guide with" in message
+        assert not out.exists()
 
     @pytest.mark.parametrize("keep", ["0", "1", "0.01", "1.5"])
     def test_a_part_to_keep_that_leaves_nothing(self, refused_cleanly, tiny_model, out, photos, keep):
@@ -429,6 +497,59 @@ class TestTrain:
     )
     def test_impossible_generator_run(self, refused_cleanly, train_llamagen, options, expected):
         assert expected in refused_cleanly(*train_llamagen, *options)
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (["--tokenizer", "pixels:grey"], "tokenizer 'pixels:grey' is unknown; give pixels"),
+            (["--data.image_size", "null"], "data.image_size is missing; tokenizer pixels:gray needs"),
+            (["--model.num_classes", "9"], "has label 9, but model.num_classes is 9"),
+            (["--model.patch_size", "3"], "input_size 8 must be a multiple of patch_size 3"),
+            (["--model.num_heads", "3"], "num_heads 3"),
+            (["--model.class_dropout", "2"], "class_dropout must lie in 0 .. 1"),
+            (["--model.path", "cubic"], "path 'cubic' is unknown"),
+            (["--model.time_input", "step"], "time_input step does not go with path linear"),
+            (["--model.path", "ddpm", "--model.prediction", "score"], "prediction score is for flows"),
+            (["--model.align_depth", "1"], "with align_dims"),
+            (["--model.align_depth", "1", "--model.align_dims", "[8]"], "data.features is missing"),
+            (["--data.features", "dinov2_vitb14"], "the model is not aligned with features"),
+            (["--data.features_download", "true"], "data.features_download"),
+            (["--model.class_dropout", "0", "--sampler.guidance_scale", "2"], "no null class to guide with"),
+            (["--model.class_dropout", "0", "--loss.guidance.scale", "1.45"], "model.class_dropout is 0"),
+            (["--train.ema_decays", "[]", "--loss.guidance.scale", "1.45"], "train.ema_decays is empty"),
+            (["--loss.guidance.scale", "0.5"], "loss.guidance.scale 0.5"),
+            (["--loss.guidance.scale", "2", "--loss.guidance.max_time", "1.5"], "loss.guidance.max_time 1.5"),
+            (["--loss.guidance.drop_rate", "2"], "loss.guidance.drop_rate 2"),
+            (["--loss.guidance.scale", "2", "--loss.guidance.scale_max", "3"], "go together"),
+            (["--loss.time_shift", "0"], "loss.time_shift must be above 0"),
+            (["--loss.weighting", "velocity"], "loss.weighting velocity is for noise and score"),
+            (["--loss.min_snr_gamma", "5"], "unknown key 'loss.min_snr_gamma'"),
+            (["--model.path", "ddpm", "--model.prediction", "noise", "--loss.time_shift", "2"], "unknown key 'loss.time_shift'"),
+            (["--model.path", "ddpm", "--model.prediction", "noise", "--sampler.num_steps", "1001"], "1 .. 1000"),
+            (["--sampler.num_steps", "0"], "num_steps must be at least 1"),
+            (["--sampler.method", "ddim"], "method 'ddim' is unknown"),
+            (["--sampler.scale_condition", "1.5"], "scale_condition is for scale-conditioned models"),
+            (["--sampler.guidance_channels", "3"], "guidance_channels 3"),
+        ],
+    )
+    def test_impossible_diffusion_run(self, refused_cleanly, train_dit, options, expected):
+        assert expected in refused_cleanly(*train_dit, *options)
+
+    def test_guidance_that_adapts_itself_is_checked_before_the_first_step(self, refused_cleanly, train_dit, tmp_path):
+        guided = [*train_dit, "--loss.guidance.scale", "2", "--loss.guidance.auto_every", "1", "--loss.guidance.auto_num", "10"]
+        assert "--inception-weights" in refused_cleanly(*guided)
+        digits = ["--loss.guidance.auto_extractor", "digits", "--loss.guidance.auto_reference"]
+        assert "nothing" in refused_cleanly(*guided, *digits, f"folder:{tmp_path / 'nothing'}")
+
+    def test_tokenizer_and_generator_of_different_kinds(self, refused_cleanly, train_dit, train_llamagen, tiny_tokenizer):
+        message = refused_cleanly(*train_dit, "--tokenizer", tiny_tokenizer)
+        assert "makes discrete codes, but dit needs a tokenizer with continuous latents" in message
+        message = refused_cleanly(*train_llamagen, "--tokenizer", "pixels", "--data.spec", "digits", "--data.image_size", "8")
+        assert "makes continuous latents, but llamagen needs a tokenizer with a codebook" in message
+
+    def test_options_of_generators_mean_nothing_to_a_tokenizer(self, refused_cleanly, train_vq):
+        for options in (["--data.posterior", "sample"], ["--data.features", "dinov2_vitb14"]):
+            assert "are for training generators" in refused_cleanly(*train_vq, *options)
 
     def test_codes_of_another_tokenizer(self, refused_cleanly, train_llamagen, tmp_path):
         torch.manual_seed(1)

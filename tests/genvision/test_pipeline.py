@@ -16,7 +16,10 @@ from genvision.images import to_uint8
 from genvision.models.llamagen import LlamaGen
 from genvision.pipeline import ImagePipeline, read_index, save_parts
 from genvision.samplers.autoregressive import AutoregressiveSampler
+from genvision.samplers.diffusion import DiffusionSampler
+from genvision.samplers.flow import FlowSampler
 from genvision.tokenizers.base import content_hash
+from genvision.tokenizers.pixels import PixelTokenizer
 from genvision.tokenizers.titok import TiTok
 from genvision.tokenizers.vq import VQTokenizer
 
@@ -229,6 +232,70 @@ class TestFolder:
         loaded = ImagePipeline.from_pretrained(tmp_path / "model")
         assert loaded.label_names == ["0", "1", "2", "3"]
         assert torch.equal(loaded([0, 1]).codes, pipeline([0, 1]).codes)
+
+
+class TestLatents:
+    """Pipelines of diffusion transformers."""
+
+    @pytest.fixture(params=["tiny_flow", "tiny_diffusion"])
+    def latent_folder(self, request, tmp_path) -> Path:
+        return Path(shutil.copytree(request.getfixturevalue(request.param), tmp_path / "model"))
+
+    def test_images_latents_and_calls_come_out(self, latent_folder):
+        pipeline = ImagePipeline.from_pretrained(latent_folder)
+        output = pipeline(["3", 7], output_type="pt", guidance_scale=2.0)
+        assert output.images.shape == (2, 3, 8, 8) and output.codes.shape == (2, 1, 8, 8)
+        assert output.codes.dtype == torch.float32 and output.network_calls.tolist() == [12, 12]
+        torch.testing.assert_close(output.images, output.codes.clamp(-1, 1).expand(-1, 3, -1, -1))
+        assert pipeline([3], num_inference_steps=9).network_calls.tolist() == [9]
+        assert torch.equal(pipeline(["3", 7], seed=2).codes, pipeline([3, 7], generator=torch.Generator().manual_seed(2)).codes)
+
+    def test_a_saved_pipeline_draws_the_same(self, latent_folder, tmp_path):
+        pipeline = ImagePipeline.from_pretrained(latent_folder)
+        pipeline.save_pretrained(tmp_path / "again")
+        again = ImagePipeline.from_pretrained(tmp_path / "again")
+        assert torch.equal(again([0, 1, 2]).codes, pipeline([0, 1, 2]).codes)
+        assert "latents of 1 channels" in (tmp_path / "again" / "README.md").read_text()
+
+    def test_steps_outside_their_range(self, latent_folder):
+        pipeline = ImagePipeline.from_pretrained(latent_folder)
+        with pytest.raises(UserError, match="steps"):
+            pipeline([0], num_inference_steps=0)
+        if pipeline.generator.config.path == "ddpm":
+            with pytest.raises(UserError, match=r"1 \.\. 1000"):
+                pipeline([0], num_inference_steps=1001)
+
+    def test_latents_have_no_known_beginning(self, latent_folder):
+        with pytest.raises(UserError, match="latents have no known first tokens"):
+            ImagePipeline.from_pretrained(latent_folder)([0], prefix=torch.zeros(1, 2, dtype=torch.int64))
+
+    def test_a_tokenizer_of_other_latents_is_refused(self, latent_folder):
+        generator = ImagePipeline.from_pretrained(latent_folder).generator
+        for tokenizer, message in (
+            (PixelTokenizer(image_size=8), r"codes of shape \[1, 8, 8\], the tokenizer reads \[3, 8, 8\]; use the tokenizer that it was"),
+            (tiny_tokenizer(), "the generator predicts continuous latents, the tokenizer has 16 codes; use the tokenizer that it was"),
+        ):
+            shutil.rmtree(latent_folder / "tokenizer")
+            tokenizer.save_pretrained(latent_folder / "tokenizer")
+            with pytest.raises(UserError, match=message):
+                ImagePipeline.from_pretrained(latent_folder)
+        with pytest.raises(UserError, match="the generator predicts 16 codes, the tokenizer has continuous latents"):
+            ImagePipeline(tiny_generator(), PixelTokenizer(image_size=4, channels=1), AutoregressiveSampler(), LABELS)
+        names = [str(i) for i in range(10)]
+        tokens = ImagePipeline(generator, PixelTokenizer(image_size=8, channels=1), AutoregressiveSampler(), names)
+        with pytest.raises(UserError, match="draws tokens"):
+            tokens([0])
+
+    def test_a_sampler_of_another_path_is_refused(self, latent_folder):
+        pipeline = ImagePipeline.from_pretrained(latent_folder)
+        other, message = (
+            (FlowSampler(), "has path ddpm; use DiffusionSampler")
+            if pipeline.generator.config.path == "ddpm"
+            else (DiffusionSampler(), "has path linear; use FlowSampler")
+        )
+        wrong = ImagePipeline(pipeline.generator, pipeline.tokenizer, other, pipeline.label_names)
+        with pytest.raises(UserError, match=message):
+            wrong([0])
 
 
 class TestCard:
