@@ -131,6 +131,17 @@ def test_a_recipe_is_the_same_after_it_was_saved(recipe, tmp_path):
     assert load_train_config(["--config", str(tmp_path / "config.yaml")])[0] == config
 
 
+def spoken_of(recipe: str) -> list[str]:
+    """Words of the command line that the comments of a recipe name for this recipe; those below `data` are of a tokenizer's."""
+    comments = " ".join(line.removeprefix("#") for line in (ROOT / "configs" / recipe).read_text().splitlines() if line.startswith("#"))
+    return " ".join(re.findall(r"--(?:model|loss|optim|train|sampler)\.\S+ [^\s,;)]*[^\s,;.)]", comments)).split()
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if spoken_of(name)])
+def test_changes_that_a_recipe_speaks_of_can_be_made(recipe):
+    load_train_config(["--config", recipe, *spoken_of(recipe)])
+
+
 def downsample(model: dict) -> int:
     """Pixels of a side per code of a side."""
     if model["name"] == "vq":

@@ -15,36 +15,53 @@ README = (ROOT / "README.md").read_text()
 TINY = {
     "vq/vq_folder64.yaml": "--train.num_steps 2 --train.batch_size 4 --model.base_channels 8 --model.codebook_size 16 --data.num_workers 0",
     "llamagen/llamagen_cifar10.yaml": "--train.num_steps 2 --train.batch_size 4 --model.hidden_dim 32 --model.depth 1 --model.num_heads 2",
+    "dit/flow_cifar10_pixels.yaml": "--train.num_steps 2 --train.batch_size 4 --model.hidden_dim 32 --model.depth 1 --model.num_heads 2 "
+    "--train.preview_every 0 --data.num_workers 0",
 }
 """What makes the recipes of the tour small enough for a test."""
 
 
-def tour() -> list[str]:
-    block = re.search(r"```bash\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    return block[1].strip().splitlines()
+def tour(number: int = 0) -> list[str]:
+    """The commands of one of the blocks that can be run."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return blocks[number].strip().splitlines()
 
 
-def test_the_tour_from_an_image_folder_to_a_scored_model_runs(tmp_path, monkeypatch):
+def run_all(commands: list[str]) -> None:
+    """As they stand there, with recipes made small."""
+    for command in commands:
+        words = shlex.split(command)[1:]
+        main(words + [word for recipe, changes in TINY.items() if recipe in words for word in shlex.split(changes)])
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Twelve pictures of two classes in the folder `photos` of the working directory."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for i in range(12):
         path = tmp_path / "photos" / ("cat" if i < 6 else "dog") / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(path)
+
+
+def test_the_tour_from_an_image_folder_to_a_scored_model_runs(photos, tmp_path):
     commands = tour()
     assert [command.split()[1] for command in commands] == ["train", "reconstruct", "encode", "train", "sample", "evaluate"]
-    for command in commands[:-1]:
-        words = shlex.split(command)[1:]
-        for recipe, changes in TINY.items():
-            if recipe in words:
-                words += shlex.split(changes)
-        main(words)
+    run_all(commands[:-1])
     assert len(list((tmp_path / "runs/samples").glob("*.png"))) == 64
     # the last command needs Inception's weights, which are not part of the project: it must ask for them in one line
     with pytest.raises(SystemExit) as stop:
         main(shlex.split(commands[-1])[1:])
     assert stop.value.code == 2
+
+
+def test_the_tour_with_a_diffusion_transformer_runs(photos, tmp_path):
+    commands = tour(1)
+    assert [command.split()[1] for command in commands] == ["train", "sample"]
+    run_all(commands)
+    with Image.open(tmp_path / "runs/flow.png") as grid:
+        assert min(grid.size) >= 8 * 32
 
 
 def test_the_scores_of_the_tour_can_be_had_without_inception(tmp_path, monkeypatch):
@@ -90,7 +107,7 @@ def test_every_import_example_names_a_preset():
     from genvision.presets import PRESETS
 
     names = re.findall(r"genvision import (\S+) (\S+)", README)
-    assert names
+    assert {PRESETS[name].component for name, _ in names} == {"tokenizer", "generator"}
     for name, file in names:
         assert PRESETS[name].file == file
 
