@@ -23,6 +23,7 @@ from genvision.training.generator_stage import GeneratorStage
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
 SCORED_AT_ONCE = 250
+"""Samples of one batch, where Model-guidance follows their FID."""
 
 
 class GeneratorJob:
@@ -30,6 +31,10 @@ class GeneratorJob:
 
     def __init__(self, config: TrainConfig) -> None:
         data = config.data
+        if config.init_from is not None:
+            raise UserError(
+                f"init_from {config.init_from}: is for the tokenizer stage; a generator starts from new weights, or goes on by --resume"
+            )
         if config.tokenizer is None:
             raise UserError("tokenizer is missing; give the folder of the tokenizer, for example --tokenizer runs/vq/model")
         self.dataset: Any
@@ -59,6 +64,11 @@ class GeneratorJob:
         self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
         build = BUILDERS[config.model["name"]]
         self.model, objective, self.sampler = build(config, self.tokenizer.spec, code_shape, num_classes)
+        scale = self.sampler.config["guidance_scale"]
+        if scale != 1 and not self.model.has_null_label:
+            raise UserError(
+                f"sampler.guidance_scale {scale}: model.class_dropout is 0, so there is no null class to guide with; raise it, or set scale 1"
+            )
         self.sampler.check(self.model)
         if objective.needs_average and not config.train.ema_decays:
             raise UserError("loss.guidance is made with the average of the weights, but train.ema_decays is empty; give it one, 0.9999 say")
@@ -121,10 +131,10 @@ class _SampleFID:
         request = SampleRequest(num=guidance.auto_num, classes=tuple(range(len(pipeline.label_names))), seed=config.seed)
         self.sampled = SampledSet(pipeline=pipeline, request=request, model="the model in training")
         self.plan = plan_sampled(self.sampled, reference, options)
-        assert self.plan.reference is not None
 
     def __call__(self) -> float:
         """For all processes at once; the same number in each."""
+        from genvision.eval.distributed import same_everywhere
         from genvision.eval.hygiene import hash_images
         from genvision.eval.measurement import shares
         from genvision.eval.moments import frechet_distance
@@ -133,10 +143,16 @@ class _SampleFID:
         pipeline = self.sampled.pipeline
         pipeline.tokenizer.to(pipeline.device)
         measurement = plan.measurement()
-        for chunk in shares(num, SCORED_AT_ONCE)[state.process_index :: state.num_processes]:
+        for chunk in shares(num, min(SCORED_AT_ONCE, -(-num // state.num_processes)))[state.process_index :: state.num_processes]:
             images, _ = self.sampled.draw(chunk)
             measurement.add(np.arange(chunk.start, chunk.stop), plan.networks.rows(images, plan.rows), hash_images(images))
-        return frechet_distance(measurement.finish(num).moments("pool"), plan.reference.statistics["pool"])  # type: ignore[union-attr]
+        measured, score = measurement.finish(num), 0.0
+        if state.is_main_process:  # which alone has the reference
+            assert plan.reference is not None
+            score = frechet_distance(measured.moments("pool"), plan.reference.statistics["pool"])
+        known = same_everywhere(score)
+        assert isinstance(known, float)
+        return known
 
 
 class _Parts(NamedTuple):

@@ -221,7 +221,7 @@ class TestFolder:
     def test_a_class_that_is_not_ours_is_refused(self, folder):
         path = folder / "generator" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "DiTTransformer2DModel"}))
-        with pytest.raises(UserError, match="class 'DiTTransformer2DModel' is no generator of genvision; known are LlamaGen"):
+        with pytest.raises(UserError, match="class 'DiTTransformer2DModel' is no generator of genvision; known are DiT, LlamaGen"):
             ImagePipeline.from_pretrained(folder)
 
     def test_components_may_come_one_after_another(self, pipeline, tmp_path):

@@ -1,9 +1,6 @@
 """Diffusion transformers in training: how a batch is split does not matter, and what cannot be trained is refused in one line."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,6 @@ from genvision.pipeline import ImagePipeline
 from genvision.tokenizers.kl import KLTokenizer
 from genvision.tokenizers.pixels import PixelTokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 SMALL = {"hidden_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 2}
 BASE = {
     "stage": "generator",
@@ -127,26 +123,12 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((tensor - right[name]).abs().max()) for name, tensor in left.items())
 
 
-ONE_AFTER_ANOTHER = """
-import os
-
-from accelerate.state import AcceleratorState
-
-from genvision.cli import main
-
-for i, words in enumerate({jobs!r}):
-    # a run ends with its process group, so the next one meets at a place of its own
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(29531 + i))
-    main(words)
-    AcceleratorState._reset_state(True)
-"""
-
 SPLITS = {"flow": FLOW, "diffusion": DIFFUSION, "guided": GUIDED, "guided diffusion": GUIDED_DIFFUSION, "scale-conditioned": SCALED}
 
 
 @pytest.mark.parametrize("kind", SPLITS)
 def test_accumulated_parts_train_the_model_of_the_whole_batch(train, kind):
-    whole, parts = train("whole", SPLITS[kind]), train("parts", SPLITS[kind], "--train.accumulation", 8)
+    whole, parts = train("whole", SPLITS[kind]), train("parts", SPLITS[kind], "--train.accumulation", 4)
     assert_equal_weights(whole, parts)
     assert all(tensor.abs().max() > 1e-3 for tensor in weights(whole).values())  # those that begin at zero do not stay there
 
@@ -160,21 +142,16 @@ def test_what_is_split_there_matters(train, kind, change):
     assert largest_difference(train("with", SPLITS[kind]), train("without", SPLITS[kind], *change)) > 0.01
 
 
-def test_two_processes_train_the_same_models_as_one(train, tmp_path):
-    """One run after another, as starting processes takes long."""
+@pytest.mark.parametrize("kind", ["flow", "guided", "guided automatically"])
+def test_two_processes_train_the_same_model_as_one(train, in_two_processes, kind):
     automatic = {"auto_every": 4, "auto_rate": 0.5, "auto_num": 20, "auto_extractor": "digits"}
-    kinds = {name: SPLITS[name] for name in ("flow", "guided")}
-    kinds["guided automatically"] = FLOW | {"loss": {"guidance": GUIDED["loss"]["guidance"] | automatic}}
-    jobs = [train.words(f"two {kind}", config, "--train.accumulation", 2) for kind, config in kinds.items()]
-    script = tmp_path / "jobs.py"
-    script.write_text(ONE_AFTER_ANOTHER.format(jobs=jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519", str(script)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    for kind, config in kinds.items():
-        assert_equal_weights(train(f"one {kind}", config), tmp_path / f"two {kind}")
-        assert (tmp_path / f"two {kind}/checkpoints/step_00000008/rng_1.pt").is_file()
+    config = SPLITS[kind.removesuffix(" automatically")]
+    if kind.endswith("automatically"):
+        config = config | {"loss": {"guidance": config["loss"]["guidance"] | automatic}}
+    one = train("one", config)
+    in_two_processes(*train.words("two", config, "--train.accumulation", 2))
+    assert_equal_weights(one, train.folder / "two")
+    assert (train.folder / "two/checkpoints/step_00000008/rng_1.pt").is_file()
 
 
 @pytest.mark.parametrize("kind", ["flow", "diffusion", "guided"])

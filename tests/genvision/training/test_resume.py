@@ -77,7 +77,7 @@ DIFFUSION_RUNS = {
     "guided automatically": PIXELS
     | {
         "model": FLOW_DIT,
-        "loss": {"guidance": GUIDANCE["guidance"] | {"auto_every": 7, "auto_rate": 0.5, "auto_num": 20, "auto_extractor": "digits"}},
+        "loss": {"guidance": GUIDANCE["guidance"] | {"auto_every": 13, "auto_rate": 0.5, "auto_num": 20, "auto_extractor": "digits"}},
     },
 }
 
