@@ -67,7 +67,8 @@ class GeneratorJob:
         scale = self.sampler.config["guidance_scale"]
         if scale != 1 and not self.model.has_null_label:
             raise UserError(
-                f"sampler.guidance_scale {scale}: model.class_dropout is 0, so there is no null class to guide with; raise it, or set scale 1"
+                f"sampler.guidance_scale {scale}: model.class_dropout is 0, so there is no null class to guide with; "
+                "raise it, or set the scale to 1"
             )
         self.sampler.check(self.model)
         if objective.needs_average and not config.train.ema_decays:
