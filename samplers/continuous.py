@@ -57,8 +57,8 @@ class ContinuousSampler(Sampler):
             raise UserError("scale_condition is for scale-conditioned models, and this one is not; leave it out, or use guidance_scale")
         if guide is not None:
             for name in ("path", "prediction", "time_input"):
-                if guide.config[name] != config[name]:
-                    raise UserError(f"the guide has {name} {guide.config[name]}, the model {config[name]}; both must be of one kind")
+                if guide.config.get(name) != config[name]:
+                    raise UserError(f"the guide has {name} {guide.config.get(name)}, the model {config[name]}; both must be of one kind")
             if (guide.code_shape, guide.num_classes) != (generator.code_shape, generator.num_classes):
                 raise UserError("the guide has other latents or classes than the model; it must be trained on the same data")
 
