@@ -156,7 +156,7 @@ def open_job(
     if guidance_interval is not None:
         options["guidance_start"], options["guidance_stop"] = guidance_interval
     if cfg_interval is not None:
-        if not hasattr(pipeline.generator, "num_tokens"):
+        if not pipeline.tokenizer.spec.discrete:
             raise UserError("cfg-interval counts tokens, and this model draws latents; give guidance-interval")
         options["guidance_stop"] = llamagen_stop(cfg_interval, pipeline.generator.num_tokens)
     if guide is not None:

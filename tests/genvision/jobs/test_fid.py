@@ -260,6 +260,7 @@ def test_chunks_without_the_rows_that_are_wanted_now_are_made_again(tmp_path):
     folder = ChunkFolder(tmp_path / "chunks", {"seed": 0})
     folder.prepare()
     rows = {"pool": np.ones((2, 3), dtype=np.float32), "hashes": np.zeros((2, 16), dtype=np.uint8)}
+    rows["network_calls"] = np.full(2, 16)
     folder.store(range(2), rows, {"pool": "a"})
     found = folder.load(range(2), frozenset({"pool"}), {"pool": "a"})
     np.testing.assert_array_equal(found["pool"], rows["pool"])
