@@ -135,7 +135,7 @@ def probe(
     """Probe a generator on real images.
 
     Args:
-        generator: a `genvision.models.base.Generator` of discrete codes with `blocks`; in eval mode.
+        generator: a `genvision.models.base.Generator` with `blocks`; in eval mode.
         tokenizer: makes its codes.
         num_train, num_test: images drawn at random without replacement; None takes all.
         model: its name for the result.
@@ -290,11 +290,14 @@ def _attentive_rows(
     return rows
 
 
-def _baselines(known: ImageCodes, unknown: ImageCodes, codebook_size: int, judge: _Judge) -> list[dict[str, Any]]:
+def _baselines(known: ImageCodes, unknown: ImageCodes, codebook_size: int | None, judge: _Judge) -> list[dict[str, Any]]:
     """Probes of what the generator was given."""
     inputs = {"pixels": (known.pixels, unknown.pixels)}
-    num_codes = known.codes.shape[1]
-    if num_codes * codebook_size <= MAX_CODE_FEATURES:
+    num_codes = known.codes[0].numel()
+    if codebook_size is None:
+        if num_codes <= MAX_CODE_FEATURES:
+            inputs["latents"] = known.codes.flatten(1), unknown.codes.flatten(1)
+    elif num_codes * codebook_size <= MAX_CODE_FEATURES:
         inputs["codes (one-hot)"] = _one_hot(known.codes, codebook_size), _one_hot(unknown.codes, codebook_size)
     elif codebook_size <= MAX_CODE_FEATURES:
         inputs["codes (histogram)"] = _histogram(known.codes, codebook_size), _histogram(unknown.codes, codebook_size)

@@ -26,7 +26,7 @@ class ImageCodes(NamedTuple):
     """A set as the probes read it."""
 
     codes: Tensor
-    """int64 [N, L]"""
+    """int64 [N, L], or latents float32 [N, c, ...]"""
     pixels: Tensor
     """float32 [N, D]: images of at most PIXEL_SIDE x PIXEL_SIDE pixels."""
     labels: Tensor
@@ -51,10 +51,11 @@ class Reading:
         progress = Progress(len(indices), description, show=self.show_progress)
         for batch in ordered_batches(source, self.size, batch_size=self.batch_size, indices=indices, num_workers=self.num_workers):
             images = from_uint8(batch["images"])
-            found = self.tokenizer.encode(images.to(self.device)).flatten(1).cpu()
-            if found.shape[1] != self.generator.num_tokens:
-                raise UserError(f"the tokenizer makes {found.shape[1]} codes an image, the generator reads {self.generator.num_tokens}")
-            codes.append(found)
+            found = self.tokenizer.encode(images.to(self.device)).cpu()
+            made, read = list(found.shape[1:]), list(self.generator.code_shape)
+            if made != read:
+                raise UserError(f"the tokenizer makes codes of shape {made}, the generator reads {read}; use the tokenizer of its training")
+            codes.append(found if found.is_floating_point() else found.flatten(1))
             pixels.append(_shrunk(images).flatten(1))
             labels.append(torch.from_numpy(batch["labels"]))
             progress.advance(len(images))

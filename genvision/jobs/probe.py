@@ -66,8 +66,6 @@ def probe_folder(
     if num_workers < 0:
         raise UserError(f"workers must be at least 0, got {num_workers}")
     pipeline = ImagePipeline.from_pretrained(model)
-    if not pipeline.tokenizer.spec.discrete:
-        raise UserError(f"{model}: draws latents, and probes read models of tokens; give such a model")
     result = run(
         pipeline.generator,
         pipeline.tokenizer,

@@ -98,7 +98,7 @@ def sweep(
     base = pipeline.sampler
     settings = [dict(zip(names, values, strict=True)) for values in combinations]
     for setting in settings:  # every impossible value is refused before the first image
-        base.with_options(**_typed(base, setting)).check(pipeline.generator)
+        base.with_options(**_typed(base, setting)).check(pipeline.generator, pipeline.guide)
     plan = None
     results = []
     state = process_state()

@@ -67,19 +67,16 @@ class GeneratorStage:
         self.objective.begin_step(step, averages if averages.decays else None)
 
     def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
-        """Samples are drawn with the averaged weights and scored by the main process, where guidance follows that."""
+        """Samples are drawn with the averaged weights and scored, by all processes together, where guidance follows that."""
         guidance = self.objective.guidance
         if guidance is None or not guidance.config.auto_every:
             return {}
         if step % guidance.config.auto_every == 0:
-            score = torch.zeros((), device=accelerator.device)
-            if accelerator.is_main_process:
-                assert self.fid is not None
-                self.model.eval()
-                with self.averages.applied():
-                    score += self.fid()
-                self.model.train()
-            guidance.adapt(float(accelerator.reduce(score, "sum")))
+            assert self.fid is not None
+            self.model.eval()
+            with self.averages.applied():
+                guidance.adapt(self.fid())
+            self.model.train()
         known = guidance.last_fid < float("inf")
         return {"guidance_scale": guidance.scale} | ({"guidance_fid": guidance.last_fid} if known else {})
 

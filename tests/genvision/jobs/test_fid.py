@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from genvision.cli import main
 from genvision.errors import UserError
-from genvision.eval.chunks import ChunkFolder
+from genvision.eval.chunks import CALLS, HASHES, ChunkFolder
 from genvision.eval.features import ExtractorOptions
 from genvision.eval.job import EvaluationOptions, evaluate
 from genvision.eval.result import EvaluationResult
@@ -259,14 +259,16 @@ def test_random_labels_and_other_seeds_are_other_sets(tiny_model, whole, tmp_pat
 def test_chunks_without_the_rows_that_are_wanted_now_are_made_again(tmp_path):
     folder = ChunkFolder(tmp_path / "chunks", {"seed": 0})
     folder.prepare()
-    rows = {"pool": np.ones((2, 3), dtype=np.float32), "hashes": np.zeros((2, 16), dtype=np.uint8)}
-    rows["network_calls"] = np.full(2, 16)
+    rows = {"pool": np.ones((2, 3), dtype=np.float32), HASHES: np.zeros((2, 16), dtype=np.uint8), CALLS: np.full(2, 6)}
     folder.store(range(2), rows, {"pool": "a"})
     found = folder.load(range(2), frozenset({"pool"}), {"pool": "a"})
     np.testing.assert_array_equal(found["pool"], rows["pool"])
+    np.testing.assert_array_equal(found[CALLS], rows[CALLS])
     assert folder.load(range(2), frozenset({"pool"}), {"pool": "b"}) is None
     assert folder.load(range(2), frozenset({"pool", "logits"}), {"pool": "a", "logits": "a"}) is None
     assert folder.load(range(2, 4), frozenset({"pool"}), {"pool": "a"}) is None
+    folder.store(range(4, 6), {name: array for name, array in rows.items() if name != CALLS}, {"pool": "a"})  # as earlier versions did
+    assert folder.load(range(4, 6), frozenset({"pool"}), {"pool": "a"}) is None
     assert folder.warnings == []
 
 

@@ -22,10 +22,15 @@ def test_a_model_folder_is_probed_into_files(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("fixture", ["tiny_flow", "tiny_diffusion"])
-def test_a_model_of_latents_is_refused_in_one_line(fixture, request, tmp_path):
-    with pytest.raises(UserError, match="draws latents, and probes read models of tokens"):
-        probe_folder(request.getfixturevalue(fixture), "digits:first", "digits:second", tmp_path / "out", config=QUICK)
-    assert not (tmp_path / "out").exists()
+def test_a_model_of_latents_is_probed(fixture, request, tmp_path):
+    config = probe_config(layer="0,2", pooling="mean", k=3, weight_decays=(0.1,))
+    sets = {"num_train": 200, "num_test": 100, "show_progress": False}
+    result = probe_folder(request.getfixturevalue(fixture), "digits:first", "digits:second", tmp_path / "out", config=config, **sets)
+    assert {row["layer"] for row in result.rows} == {0, 2} and result.num_layers == 2
+    assert max(row["top1"] for row in result.rows) > result.chance
+    assert {row["input"] for row in result.baselines} == {"pixels", "latents"}
+    grey, latents = ([row["top1"] for row in result.baselines if row["input"] == name] for name in ("pixels", "latents"))
+    assert latents == pytest.approx(grey, abs=0.05)  # which say the same here
 
 
 def test_bad_requests_leave_nothing_behind(tiny_model, tmp_path):
