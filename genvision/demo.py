@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from genvision.config import load_train_config
 from genvision.data.datasets import ImageDataset
@@ -97,7 +98,7 @@ def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, see
         "inception_score_std": result.inception_score_std,
         "real_class_accuracy": floor.class_accuracy,
         "real_halves_fid": floor.fid,
-        "copies": _copies(images, pipeline.image_size),
+        "copies": _copies(images, pipeline),
         "network_calls": pipeline.sampler.network_calls(pipeline.generator),
         "num_generated": result.num_generated,
         "num_reference": result.num_reference,
@@ -112,11 +113,12 @@ def _scores(images: np.ndarray, labels: np.ndarray, pipeline: ImagePipeline, see
     }
 
 
-def _copies(images: np.ndarray, image_size: int) -> float:
-    """Share of the samples that equal a training image in the grey level of every pixel."""
-    dataset = ImageDataset(open_source(DATA), image_size, flip=False)
-    real = np.concatenate([to_uint8(dataset.plain(i)[None]) for i in range(len(dataset))])
-    known = {_levels(image).tobytes() for image in real}
+@torch.inference_mode()
+def _copies(images: np.ndarray, pipeline: ImagePipeline) -> float:
+    """Share of the samples that equal a training image, as the tokenizer gives it back, in the grey level of every pixel."""
+    dataset = ImageDataset(open_source(DATA), pipeline.image_size, flip=False)
+    real = torch.stack([dataset.plain(i) for i in range(len(dataset))])
+    known = {_levels(image).tobytes() for image in to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(real)))}
     return float(np.mean([_levels(image).tobytes() in known for image in images]))
 
 

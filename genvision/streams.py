@@ -33,7 +33,11 @@ class Purpose(IntEnum):
     POSTERIOR = 19
     """Sample of a variational tokenizer's posterior."""
     GUIDED_ROWS = 20
-    """Which rows of a training batch are trained towards a guided target, and how strongly."""
+    """How many rows of a training batch are trained towards a guided target; of a step, not of a position."""
+    GUIDANCE_SCALE = 21
+    """How strongly a guided row is guided."""
+    OTHER_LABEL = 22
+    """The label that a guided row is compared with."""
 
 
 class IndexedStreams:

@@ -4,99 +4,56 @@ Shapes: codes x_0 and noise [B, c, ...], steps int64 [B].
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from genvision.errors import UserError
-from genvision.objectives.base import Network, Objective
-from genvision.objectives.draws import TrainingDraws
-from genvision.objectives.flow import alignment_loss, features_of, make_guidance
+from genvision.objectives.denoising import DenoisingLossConfig, DenoisingObjective, Noised
 from genvision.objectives.gaussian import NUM_TRAINING_STEPS, GaussianDiffusion, at
-from genvision.objectives.model_guidance import ModelGuidanceConfig
-from genvision.streams import Purpose
 
 PIXEL_BIN = 1 / 255
 """Half a bin of an 8-bit image in [-1, 1]; DiT applies it to latents, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionLossConfig:
+class DiffusionLossConfig(DenoisingLossConfig):
     """What the squared error is weighted with and what is added. What is predicted is an option of the model."""
 
     min_snr_gamma: float | None = None
     """Weigh each step by min(SNR, gamma) / SNR of the noise prediction (arXiv:2303.09556, 5 there); null weighs all steps alike."""
     variance_weight: float = 1.0
     """Weight of the bound that trains a learned variance."""
-    align_weight: float = 0.5
-    """Weight of REPA's alignment with frozen features, where the model has projectors."""
-    guidance: ModelGuidanceConfig = field(default_factory=ModelGuidanceConfig)
-    """Model-guidance."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.guidance, dict):  # as a saved configuration has it
-            object.__setattr__(self, "guidance", ModelGuidanceConfig(**self.guidance))
+        super().__post_init__()
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise UserError(f"loss.min_snr_gamma must be above 0, got {self.min_snr_gamma}; null turns it off")
-        for name in ("variance_weight", "align_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.variance_weight < 0:
+            raise UserError(f"loss.variance_weight must be 0 or more, got {self.variance_weight}")
 
 
-class DiffusionLoss(Objective):
-    """Loss of a model of the path `ddpm`.
-
-    Args:
-        generator: a DiT.
-        seed: of the run; noise, steps and dropped labels depend on it and on the position of the sample.
-        batch_size: over all processes and parts.
-    """
+class DiffusionLoss(DenoisingObjective):
+    """Loss of a DiT of the path `ddpm`. Terms: `loss`, `mse`, with a learned variance `variance_bound` (bits a value), and `alignment`."""
 
     def __init__(self, config: DiffusionLossConfig, generator: Any, *, seed: int, batch_size: int) -> None:
-        self.config, self.seed = config, seed
+        super().__init__(config, generator, seed=seed, batch_size=batch_size)
+        self.config = config
         self.prediction, self.learn_sigma = generator.config.prediction, generator.config.learn_sigma
         self.diffusion = GaussianDiffusion.linear()
-        self.label_dropout = generator.config.class_dropout
-        self.aligned = bool(generator.config.align_depth)
-        self.guidance = make_guidance(config.guidance, generator, seed=seed, batch_size=batch_size)
-        self.needs_average = self.guidance is not None
-        self.baselines = {"mse": 1.0}
+        self.baselines = {"mse": 1.0} if self.prediction == "noise" else {}
 
-    def begin_step(self, step: int, averaged: Network | None) -> None:
-        if self.guidance is not None:
-            self.guidance.begin_step(step, averaged)
-
-    def __call__(self, model: Network, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Objective`. Terms: `loss`, `mse`, with a learned variance `variance_bound` (bits a value), and `alignment`."""
-        draws = TrainingDraws(self.seed, batch["positions"])
-        codes, labels = batch["codes"].float(), batch["labels"]
-        steps = (draws.uniform(Purpose.TRAINING_TIME) * NUM_TRAINING_STEPS).long()
-        noise = draws.noise(codes.shape[1:])
-        x_t, target = self.diffusion.mix(codes, noise, steps), self.diffusion.target(codes, noise, steps, self.prediction)
+    def noised(self, codes: Tensor, noise: Tensor, u: Tensor) -> Noised:
+        steps = (u * NUM_TRAINING_STEPS).long()
+        target = self.diffusion.target(codes, noise, steps, self.prediction)
         time = steps.float()
-        told: dict[str, Tensor] = {}
-        if self.guidance is None:
-            told["drop"] = draws.uniform(Purpose.LABEL_DROPOUT) < self.label_dropout
-        else:
-            rows = self.guidance.rows(batch["positions"], time / NUM_TRAINING_STEPS, draws)
-            correction = self.guidance.correction(x_t, time, labels, rows, draws)
-            target = target + (correction[:, : codes.shape[1]] if correction.dim() else correction)  # the variance is not guided
-            told["drop"] = rows.dropped
-            if self.guidance.scale_conditioned:
-                told["scale"] = rows.told_scale
-        if self.aligned:
-            output, projected = model(x_t, time, labels, **told, with_features=True)
-        else:
-            output = model(x_t, time, labels, **told)
-        with torch.autocast(codes.device.type, enabled=False):
-            losses = self.losses(output.float(), target, codes, x_t, steps)
-            terms = {name: value.mean() for name, value in losses.items()}
-            if self.aligned:
-                terms["alignment"] = torch.stack([alignment_loss(z.float(), features_of(batch)) for z in projected]).mean()
-                terms["loss"] = terms["loss"] + self.config.align_weight * terms["alignment"]
-        return terms
+        return Noised(self.diffusion.mix(codes, noise, steps), target, time, time / NUM_TRAINING_STEPS)
+
+    def terms(self, output: Tensor, codes: Tensor, noised: Noised) -> dict[str, Tensor]:
+        losses = self.losses(output, noised.target, codes, noised.x_t, noised.network_time.long())
+        return {name: value.mean() for name, value in losses.items()}
 
     def losses(self, output: Tensor, target: Tensor, codes: Tensor, x_t: Tensor, steps: Tensor) -> dict[str, Tensor]:
         """Terms of each sample, [B] each."""

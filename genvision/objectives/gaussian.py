@@ -7,6 +7,7 @@ Shapes: x, clean, noise [B, c, ...]; steps int64 [B].
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -41,27 +42,27 @@ class GaussianDiffusion:
         before = torch.cat([alpha_bars.new_ones(1), alpha_bars[:-1]])
         return GaussianDiffusion(1 - alpha_bars / before, self.network_steps[kept])
 
-    @property
+    @cached_property
     def alpha_bars(self) -> Tensor:
         return torch.cumprod(1 - self.betas, 0)
 
-    @property
+    @cached_property
     def alpha_bars_before(self) -> Tensor:
         """alpha-bar of the next cleaner step, 1 for the cleanest."""
         return torch.cat([self.betas.new_ones(1), self.alpha_bars[:-1]])
 
-    @property
+    @cached_property
     def posterior_variance(self) -> Tensor:
         """beta-tilde: variance of x_(i-1) given x_i and x_0; 0 for the cleanest step."""
         return self.betas * (1 - self.alpha_bars_before) / (1 - self.alpha_bars)
 
-    @property
+    @cached_property
     def posterior_log_variance(self) -> Tensor:
         """Its logarithm, where the cleanest step has that of the next."""
         variance = self.posterior_variance
         return torch.cat([variance[1:2], variance[1:]]).log() if len(variance) > 1 else self.betas.log()
 
-    @property
+    @cached_property
     def posterior_coefficients(self) -> tuple[Tensor, Tensor]:
         """Of x_0 and of x_i in the mean of x_(i-1)."""
         before, after = self.alpha_bars_before, self.alpha_bars

@@ -120,7 +120,7 @@ class ModelGuidance:
         dropped = ~guided & (place < self.num_guided + self.num_dropped)
         scale = torch.full_like(t, self.scale)
         if self.config.scale_max is not None:
-            scale += (self.config.scale_max - self.config.scale) * draws.uniform(Purpose.GUIDED_ROWS).to(t)
+            scale += (self.config.scale_max - self.config.scale) * draws.uniform(Purpose.GUIDANCE_SCALE).to(t)
         weight = torch.where(guided & (t < self.config.max_time), scale - 1, 0.0)
         return Rows(dropped, weight, torch.where(guided, scale, 1.0).masked_fill(dropped, 0.0))
 
@@ -136,11 +136,11 @@ class ModelGuidance:
         assert self.averaged is not None
         chosen = rows.weight.nonzero().squeeze(1)
         if len(chosen) == 0:
-            return x_t.new_zeros(())
+            return torch.zeros_like(x_t)
         x, t, y = x_t[chosen], network_time[chosen], labels[chosen]
         base = torch.full_like(y, self.null_label)
         if self.config.base == "other_label":
-            u = draws.uniform(Purpose.GUIDED_ROWS)[chosen]
+            u = draws.uniform(Purpose.OTHER_LABEL)[chosen]
             base = (y + 1 + (u * (self.null_label - 1)).long()) % self.null_label
         keep = torch.zeros_like(y, dtype=torch.bool)
         told = {}

@@ -6,7 +6,8 @@ import torch
 from genvision.convert import load_official
 from genvision.errors import UserError
 from genvision.models.dit import DiT
-from genvision.objectives.flow import FlowLossConfig, FlowMatching, alignment_loss
+from genvision.objectives.denoising import Noised, alignment_loss
+from genvision.objectives.flow import FlowLossConfig, FlowMatching
 from parity_fixtures import Fixture
 
 WEIGHTS = {"wvelocity": "velocity", "wlikelihood": "likelihood"}
@@ -43,8 +44,8 @@ def test_the_direction_loss_equals_that_of_lightningdit():
     model = load_official("lightningdit", fixture.state, fixture.config)
     ours = objective(model, direction_weight=1.0)
     clean, noise, t = fixture.inputs["loss_x1"], fixture.inputs["loss_x0"], 1 - fixture.inputs["loss_t"]
-    output = model(ours.flow.path.mix(clean, noise, t), ours.flow.network_time(t), fixture.inputs["loss_y"])
-    terms = ours._terms(output, ours.flow.target(clean, noise, t), t)
+    noised = Noised(ours.flow.path.mix(clean, noise, t), ours.flow.target(clean, noise, t), ours.flow.network_time(t), t)
+    terms = ours.terms(model(noised.x_t, noised.network_time, fixture.inputs["loss_y"]), clean, noised)
     torch.testing.assert_close(terms["loss"], fixture.outputs["total"].squeeze(), atol=fixture.atol, rtol=0)
     torch.testing.assert_close(terms["mse"], fixture.outputs["loss"].mean(), atol=fixture.atol, rtol=0)
     torch.testing.assert_close(terms["direction"], fixture.outputs["cos_loss"].mean(), atol=fixture.atol, rtol=0)
