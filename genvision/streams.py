@@ -27,6 +27,10 @@ class Purpose(IntEnum):
     """x at the noisiest time, of a diffusion sampler."""
     STEP_NOISE = 3
     """What a stochastic sampler adds at each of its steps."""
+    CHOICE = 4
+    """Which tokens a masked sampler keeps."""
+    ORDER_SHIFT = 5
+    """Where a fixed order of tokens begins."""
     TRAINING_TIME = 16
     TRAINING_NOISE = 17
     LABEL_DROPOUT = 18
@@ -38,6 +42,14 @@ class Purpose(IntEnum):
     """How strongly a guided row is guided."""
     OTHER_LABEL = 22
     """The label that a guided row is compared with."""
+    MASK_RATIO = 23
+    """How many tokens of a training sample are masked."""
+    MASK = 24
+    """Which tokens of a training sample are masked."""
+    TOKEN_ORDER = 25
+    """The order in which a training sample is read, and whether it is another one than raster."""
+    NESTED_WIDTH = 26
+    """Which nested network is trained; of a step, not of a position."""
 
 
 class IndexedStreams:

@@ -9,6 +9,9 @@ from genvision.convert.diffusers_dit import diffusers_dit
 from genvision.convert.dit import dit, lightningdit, repa_sit, sit
 from genvision.convert.generators import llamagen_gpt
 from genvision.convert.kl import autoencoder_kl
+from genvision.convert.mage import mage
+from genvision.convert.maskgit import halton_maskgit, maskgit_bert, maskgit_jax
+from genvision.convert.rar import rar
 from genvision.convert.readers import CONTAINERS, fill
 from genvision.convert.signatures import guess_family
 from genvision.convert.titok import titok
@@ -22,11 +25,16 @@ FAMILIES: dict[str, Converter] = {
     "autoencoder-kl": autoencoder_kl,
     "diffusers-dit": diffusers_dit,
     "dit": dit,
+    "halton-maskgit": halton_maskgit,
     "lightningdit": lightningdit,
     "llamagen-gpt": llamagen_gpt,
     "llamagen-vq": llamagen_vq,
+    "mage": mage,
     "mage-vqgan": mage_vqgan,
+    "maskgit-bert": maskgit_bert,
+    "maskgit-jax": maskgit_jax,
     "maskgit-vqgan": maskgit_vqgan,
+    "rar": rar,
     "repa-sit": repa_sit,
     "sit": sit,
     "taming-vqgan": taming_vqgan,

@@ -19,7 +19,11 @@ SIGNATURES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("repa-sit", (*DIT, r"projectors\.0\.0\."), ()),
     ("lightningdit", (*DIT, r"feat_rope\.|blocks\.0\.(mlp\.w12|norm1)\."), ()),
     ("dit or sit", DIT, ()),
-    ("mage", (r"decoder_pos_embed", r"mask_token|vqgan\."), (r"tubelet_embed\.",)),
+    ("mage", (r"token_emb\.word_embeddings\.",), ()),
+    ("rar", (r"target_aware_pos_embed", r"adaln_before_head\."), ()),
+    ("halton-maskgit", (r"tok_emb\.", r"cls_emb\.", r"transformer\.layers\.0\."), ()),
+    ("maskgit-bert", (r"model\.embeddings\.word_embeddings\.|out_blocks\.0\.skip_linear\.", r"(model\.)?lm_head\."), ()),
+    ("maskgit-jax", (r"params/TransformerLayer_0/", r"params/Embed_0/"), ()),
 )
 """Family, patterns that some name must begin with each, patterns that no name may begin with; the first that fits counts."""
 

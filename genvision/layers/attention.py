@@ -1,13 +1,19 @@
-"""Multi-head attention over `kernels.attention`, with rotary positions, grouped keys and a static cache.
+"""Multi-head causal attention over `kernels.attention`, with rotary positions, grouped keys and a static cache.
 
 Shapes: B rows, N new positions, M positions in the cache, H query heads, G key heads, D head size.
 """
+
+from collections.abc import Callable
+from copy import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from genvision.kernels.attention import attention
 from genvision.layers.rotary import rotate
+
+Cache = TypeVar("Cache", bound="KVCache")
 
 
 class KVCache:
@@ -35,37 +41,63 @@ class KVCache:
         self.values[layer, :, :, self.filled : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def first_rows(self, rows: int) -> "KVCache":
+    def first_rows(self: Cache, rows: int) -> Cache:
         """The same memory, seen through its first rows."""
-        part = object.__new__(KVCache)
-        part.keys, part.values, part.filled = self.keys[:, :rows], self.values[:, :rows], self.filled
+        part = copy(self)
+        part.keys, part.values = self.keys[:, :rows], self.values[:, :rows]
         return part
 
-    def joined(self, other: "KVCache") -> "KVCache":
+    def joined(self: Cache, other: Cache) -> Cache:
         """A new cache with the rows of both; both must be filled equally far."""
         assert self.filled == other.filled
-        both = object.__new__(KVCache)
+        both = copy(self)
         both.keys, both.values = torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1)
-        both.filled = self.filled
         return both
 
 
 class Attention(nn.Module):
-    """Self-attention without biases; one fused projection ordered [queries | keys | values]."""
+    """Causal self-attention; one fused projection ordered [queries | keys | values].
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, attention_dropout: float = 0.0, dropout: float = 0.0) -> None:
+    Args:
+        dim: C.
+        num_heads: H.
+        num_kv_heads: G.
+        bias: of both projections.
+        qk_norm: makes the norm over D of queries, and that of keys; None leaves them.
+        attention_dropout: on attention weights.
+        dropout: behind the output projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        bias: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=bias)
+        self.q_norm = qk_norm(self.head_dim) if qk_norm is not None else None
+        self.k_norm = qk_norm(self.head_dim) if qk_norm is not None else None
+        self.proj = nn.Linear(dim, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """x [B, N, C] at the positions of rotary [N, D / 2, 2]; causal unless a mask [B, 1, N, M + N] is given."""
+    def forward(
+        self, x: Tensor, rotary: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """x [B, N, C], at the positions of rotary [N, D / 2, 2] if there is one; causal unless a mask [B, 1, N, M + N] is given."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2G, N, D]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         out = attention(

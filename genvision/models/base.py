@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-GENERATORS: dict[str, str] = {"LlamaGen": "genvision.models.llamagen", "DiT": "genvision.models.dit"}
+GENERATORS: dict[str, str] = {
+    "LlamaGen": "genvision.models.llamagen",
+    "RAR": "genvision.models.rar",
+    "MaskGIT": "genvision.models.maskgit",
+    "MAGE": "genvision.models.mage",
+    "DiT": "genvision.models.dit",
+}
 """Class name, as `config.json` records it, to the module that defines it (imported only when needed)."""
 
 

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from genvision.errors import UserError
+from genvision.errors import UserError, check_rates, check_sizes
 from genvision.layers.embed import LabelEmbedding, TimeEmbedding, grid_positions, sincos_table
 from genvision.layers.mlp import MLP, PackedSwiGLU
 from genvision.layers.modulation import add_gated, modulate
@@ -102,10 +102,9 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         sequence_length: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"input_size": input_size, "in_channels": in_channels, "patch_size": patch_size, "hidden_dim": hidden_dim, "depth": depth}
-        for name, value in (sizes | {"num_heads": num_heads, "num_classes": num_classes, "align_hidden": align_hidden}).items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        check_sizes(input_size=input_size, in_channels=in_channels, patch_size=patch_size, sequence_length=sequence_length)
+        check_sizes(hidden_dim=hidden_dim, depth=depth, num_heads=num_heads, num_classes=num_classes, align_hidden=align_hidden)
+        check_rates(class_dropout=class_dropout)
         if time_input is None:
             time_input = "step" if path == "ddpm" else "toward_noise"
             self.register_to_config(time_input=time_input)
@@ -117,8 +116,6 @@ class DiT(Generator, ModelMixin, ConfigMixin):
             raise UserError(f"time_input {time_input} does not go with path {path}; ddpm has steps, the other paths have not")
         if path == "ddpm" and prediction == "score":
             raise UserError("prediction score is for flows; with path ddpm choose noise, clean or velocity")
-        if not 0 <= class_dropout <= 1:
-            raise UserError(f"class_dropout must lie in 0 .. 1, got {class_dropout}")
         if hidden_dim % num_heads or hidden_dim % 4 or (use_rope and (hidden_dim // num_heads) % 4):
             raise UserError(
                 f"hidden_dim {hidden_dim} must be a multiple of 4, and num_heads {num_heads} times a multiple of 4 for use_rope"

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from genvision.errors import UserError
+from genvision.errors import UserError, check_rates, check_sizes
 from genvision.layers.attention import Attention, KVCache
 from genvision.layers.embed import LabelEmbedding, TextEmbedding
 from genvision.layers.mlp import SwiGLU, swiglu_hidden_dim
@@ -81,14 +81,10 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         sequence_length: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"codebook_size": codebook_size, "grid_size": grid_size, "hidden_dim": hidden_dim, "depth": depth, "num_heads": num_heads}
-        for name, value in (sizes | {"num_classes": num_classes, "mlp_multiple_of": mlp_multiple_of}).items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        rates = {"class_dropout": class_dropout, "token_dropout": token_dropout, "attention_dropout": attention_dropout}
-        for name, rate in (rates | {"residual_dropout": residual_dropout, "mlp_dropout": mlp_dropout, "drop_path": drop_path}).items():
-            if not 0 <= rate <= 1:
-                raise UserError(f"{name} must lie in 0 .. 1, got {rate}")
+        check_sizes(codebook_size=codebook_size, grid_size=grid_size, sequence_length=sequence_length, num_classes=num_classes)
+        check_sizes(hidden_dim=hidden_dim, depth=depth, num_heads=num_heads, mlp_multiple_of=mlp_multiple_of)
+        check_rates(class_dropout=class_dropout, token_dropout=token_dropout, attention_dropout=attention_dropout)
+        check_rates(residual_dropout=residual_dropout, mlp_dropout=mlp_dropout, drop_path=drop_path)
         num_kv_heads = num_kv_heads or num_heads
         if hidden_dim % num_heads or num_heads % num_kv_heads or (hidden_dim // num_heads) % 4:
             raise UserError(
@@ -98,8 +94,6 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         if condition not in ("class", "text"):
             raise UserError(f"condition '{condition}' is unknown; choose class or text")
         self.num_classes, self.has_null_label = num_classes, class_dropout > 0
-        if sequence_length is not None and sequence_length < 1:
-            raise UserError(f"sequence_length must be at least 1, got {sequence_length}")
         self.grid_size = grid_size if sequence_length is None else None
         self.code_shape = (grid_size, grid_size) if sequence_length is None else (sequence_length,)
         self.num_tokens = math.prod(self.code_shape)
