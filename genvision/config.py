@@ -28,6 +28,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 MODELS = {
     "llamagen": ("generator", "genvision.models.llamagen", "LlamaGen"),
+    "rar": ("generator", "genvision.models.rar", "RAR"),
+    "maskgit": ("generator", "genvision.models.maskgit", "MaskGIT"),
+    "mage": ("generator", "genvision.models.mage", "MAGE"),
     "dit": ("generator", "genvision.models.dit", "DiT"),
     "vq": ("tokenizer", "genvision.tokenizers.vq", "VQTokenizer"),
     "vitok": ("tokenizer", "genvision.tokenizers.vit", "ViTok"),
@@ -205,6 +208,16 @@ def _loss_and_sampler(model: str, path: str) -> tuple[type | None, type | None]:
         from genvision.samplers.autoregressive import AutoregressiveSampler
 
         return None, AutoregressiveSampler
+    if model == "rar":
+        from genvision.objectives.permuted import PermutedLossConfig
+        from genvision.samplers.autoregressive import AutoregressiveSampler
+
+        return PermutedLossConfig, AutoregressiveSampler
+    if model in ("maskgit", "mage"):
+        from genvision.objectives.masked import MaskedLossConfig
+        from genvision.samplers.masked import MaskedSampler
+
+        return MaskedLossConfig, MaskedSampler
     if path == "ddpm":
         from genvision.objectives.diffusion import DiffusionLossConfig
         from genvision.samplers.diffusion import DiffusionSampler

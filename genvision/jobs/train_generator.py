@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from genvision.config import model_class
 from genvision.data.datasets import ImageDataset
 from genvision.data.encoded import EncodedDataset
 from genvision.data.sources import open_source
@@ -167,18 +168,47 @@ def _llamagen(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, .
     from genvision.objectives.next_token import NextToken
     from genvision.samplers.autoregressive import AutoregressiveSampler
 
-    if not spec.discrete:
-        raise UserError(f"{config.tokenizer}: makes continuous latents, but llamagen needs a tokenizer with a codebook")
-    if len(code_shape) > 2 or (len(code_shape) == 2 and code_shape[0] != code_shape[1]):
-        raise UserError(f"{config.data.spec}: codes of shape {code_shape} are neither a square grid nor a sequence, which llamagen needs")
-    places = {"grid_size": code_shape[0]} if len(code_shape) == 2 else {"sequence_length": code_shape[0]}
     options = _model_options(config)
     if options.get("condition", "class") != "class":
         raise UserError(f"model.condition {options['condition']}: the data has labels only; set it to class")
-    assert spec.codebook_size is not None
+    places = _token_places(config, spec, code_shape)
     with rng.seeded(config.seed):
-        model = LlamaGen(codebook_size=spec.codebook_size, num_classes=num_classes, **places, **options)
-    return _Parts(model, NextToken(spec.codebook_size), AutoregressiveSampler(**config.sampler))
+        model = LlamaGen(num_classes=num_classes, **places, **options)
+    return _Parts(model, NextToken(places["codebook_size"]), AutoregressiveSampler(**config.sampler))
+
+
+def _rar(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...], num_classes: int) -> _Parts:
+    from genvision.models.rar import RAR
+    from genvision.objectives.permuted import PermutedLossConfig, PermutedTokens
+    from genvision.samplers.autoregressive import AutoregressiveSampler
+
+    places = _token_places(config, spec, code_shape)
+    with rng.seeded(config.seed):
+        model = RAR(num_classes=num_classes, **places, **_model_options(config))
+    objective = PermutedTokens(PermutedLossConfig(**config.loss), model, seed=config.seed)
+    return _Parts(model, objective, AutoregressiveSampler(**config.sampler))
+
+
+def _masked(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...], num_classes: int) -> _Parts:
+    from genvision.objectives.masked import MaskedLossConfig, MaskedTokens
+    from genvision.samplers.masked import MaskedSampler
+
+    places = _token_places(config, spec, code_shape)
+    with rng.seeded(config.seed):
+        model = model_class(config.model["name"])(num_classes=num_classes, **places, **_model_options(config))
+    objective = MaskedTokens(MaskedLossConfig(**config.loss), model, seed=config.seed, num_steps=config.train.num_steps)
+    return _Parts(model, objective, MaskedSampler(**config.sampler))
+
+
+def _token_places(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...]) -> dict[str, int]:
+    """What the tokenizer says of a model of tokens: how many codes there are, and where they stand."""
+    name = config.model["name"]
+    if spec.codebook_size is None:
+        raise UserError(f"{config.tokenizer}: makes continuous latents, but {name} needs a tokenizer with a codebook")
+    if len(code_shape) > 2 or (len(code_shape) == 2 and code_shape[0] != code_shape[1]):
+        raise UserError(f"{config.data.spec}: codes of shape {code_shape} are neither a square grid nor a sequence, which {name} needs")
+    places = {"grid_size": code_shape[0]} if len(code_shape) == 2 else {"sequence_length": code_shape[0]}
+    return {"codebook_size": spec.codebook_size, **places}
 
 
 def _dit(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...], num_classes: int) -> _Parts:
@@ -203,7 +233,7 @@ def _dit(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...], 
     return _Parts(model, FlowMatching(FlowLossConfig(**config.loss), model, **run), FlowSampler(**config.sampler))
 
 
-BUILDERS = {"llamagen": _llamagen, "dit": _dit}
+BUILDERS = {"llamagen": _llamagen, "rar": _rar, "maskgit": _masked, "mage": _masked, "dit": _dit}
 """`model.name` to a function that makes model, objective and sampler."""
 
 
