@@ -29,14 +29,17 @@ NUM_SAMPLES, GRID_COLUMNS = 1000, 10
 DATA = "digits"
 GREY_LEVELS = 17
 """Of the digits: counts 0 .. 16."""
-Family = Literal["ar", "diffusion"]
+Family = Literal["ar", "masked", "diffusion"]
+ON_CODES: dict[str, str] = {"ar": "llamagen/llamagen_digits.yaml", "masked": "maskgit/maskgit_digits.yaml"}
+"""Families that are trained on the codes of a tokenizer, and their recipes."""
 
 
 def run_demo(out: Path, *, family: Family = "ar", seed: int = 0) -> str:
     """Fill `out` with samples.png, samples.npz, results.json and model/; goes on where an interrupted run stopped.
 
     Args:
-        family: `ar` trains a VQ tokenizer and an autoregressive generator on its codes, `diffusion` a flow transformer on pixels.
+        family: `ar` trains a VQ tokenizer and an autoregressive generator on its codes, `masked` a MaskGIT on these codes, `diffusion` a
+            flow transformer on pixels.
 
     Returns:
         The scores as a table.
@@ -53,14 +56,14 @@ def run_demo(out: Path, *, family: Family = "ar", seed: int = 0) -> str:
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
 
-    steps = 4 if family == "ar" else 3
-    if family == "ar":
+    steps = 4 if family in ON_CODES else 3
+    if family in ON_CODES:
         print(f"1/{steps} training a tokenizer on real digits", flush=True)
         tokenizer = _trained("vq/vq_digits.yaml", work / "tokenizer", seed, [])
         codes = work / "codes"
         encode_data(tokenizer, DATA, codes)
         print(f"2/{steps} training a generator on its codes", flush=True)
-        recipe, changes = "llamagen/llamagen_digits.yaml", ["--tokenizer", str(tokenizer), "--data.spec", f"encoded:{codes}"]
+        recipe, changes = ON_CODES[family], ["--tokenizer", str(tokenizer), "--data.spec", f"encoded:{codes}"]
     else:
         print(f"1/{steps} training a flow transformer on the pixels of real digits", flush=True)
         recipe, changes = "dit/flow_digits.yaml", []
@@ -149,6 +152,6 @@ def _table(results: dict[str, Any], out: Path) -> str:
 
 def _protocol(sampler: dict[str, Any]) -> str:
     guidance = f"guidance {sampler['guidance_scale']:g}" if sampler["guidance_scale"] != 1 else "no guidance"
-    if "top_p" in sampler:
+    if "num_steps" not in sampler:
         return f"{guidance}, top-p {sampler['top_p']:g}"
-    return f"{guidance}, {sampler['num_steps']} steps of {sampler['method']}"
+    return f"{guidance}, {sampler['num_steps']} steps of {sampler['method'] if 'method' in sampler else sampler['order']}"

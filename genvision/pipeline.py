@@ -144,7 +144,7 @@ class ImagePipeline:
         generator: torch.Generator | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
         output_type: OutputType = "pil",
         rounding: Rounding = "trunc127.5",
         **sampler_options: Any,
@@ -158,7 +158,8 @@ class ImagePipeline:
             generator: its initial seed is taken as `seed`, as a convenience for callers used to diffusers.
             seed: of the job.
             indices: number of each image within the job, 0, 1, ... unless told; an image depends on (seed, number) alone.
-            prefix: known first tokens [B, n], to complete images.
+            known: tokens to keep, int64 [B, h, w] or [B, N], -1 where one is to be drawn. An autoregressive sampler takes the first ones in
+                raster order (to complete images), a masked one any, at the same places in all images (inpainting).
             output_type: `pil`, `np` (uint8 [B, H, W, 3]) or `pt` (float [B, 3, H, W] in [-1, 1]).
             rounding: how floats become bytes.
             sampler_options: of the sampler: temperature, top_k, top_p, method, guidance_schedule, guidance_start, ...
@@ -177,7 +178,7 @@ class ImagePipeline:
             options["num_steps"] = num_inference_steps
         noise = ImageStreams(seed, range(len(labels)) if indices is None else indices)
         sampler = self.sampler.with_options(**options)
-        codes = sampler.sample(self.generator, labels.to(self.device), noise, prefix=prefix, guide=self.guide)
+        codes = sampler.sample(self.generator, labels.to(self.device), noise, known=known, guide=self.guide)
         assert sampler.calls is not None
         calls = sampler.calls.cpu()
         images = self.tokenizer.decode(codes)

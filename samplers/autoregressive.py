@@ -23,7 +23,8 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
 
     Args:
         guidance_scale: 1 is off.
-        guidance_schedule: `constant`, `linear` or `cosine`.
+        guidance_schedule: `constant`, `linear`, `cosine` or `power-cosine`.
+        guidance_power: of `power-cosine`.
         guidance_start: part of the tokens before guidance begins.
         guidance_stop: part of the tokens after which it ends; the null rows are dropped there.
         temperature: divides the logits; 0 takes the most likely token.
@@ -41,8 +42,10 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        guidance_power: float = 1.0,
     ) -> None:
-        self.guidance = Guidance(scale=guidance_scale, schedule=guidance_schedule, start=guidance_start, stop=guidance_stop)  # type: ignore[arg-type]
+        interval = {"start": guidance_start, "stop": guidance_stop}
+        self.guidance = Guidance(scale=guidance_scale, schedule=guidance_schedule, power=guidance_power, **interval)  # type: ignore[arg-type]
         if temperature < 0:
             raise UserError(f"temperature {temperature} is not allowed; give 0 (most likely token) or more")
         if top_k < 0:
@@ -62,6 +65,16 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         guided = [i for i, scale in enumerate(self.guidance.scales(generator.num_tokens)) if scale != 1]
         return int(generator.num_tokens) + (guided[-1] - guided[0] + 1 if guided else 0)  # null rows are kept from first to last
 
+    def read_known(self, generator: Any, known: Tensor, num_images: int) -> Tensor:
+        """See `Sampler.read_known`; a token sees only those before it, so the known ones are the first in raster order."""
+        tokens = super().read_known(generator, known, num_images)
+        if ((tokens[:, 1:] >= 0) & (tokens[:, :-1] < 0)).any():
+            raise UserError(
+                "AutoregressiveSampler draws in raster order, so known tokens must be the first ones, from the upper left, without a gap; "
+                "models of masked tokens take any"
+            )
+        return tokens
+
     @torch.inference_mode()
     def sample(
         self,
@@ -70,7 +83,7 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         noise: ImageStreams,
         *,
         condition_mask: Tensor | None = None,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
         guide: Any = None,
     ) -> Tensor:
         """Draw the tokens of B images.
@@ -80,7 +93,7 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
             condition: labels int64 [B], or text features [B, T, F].
             noise: the streams of the B images; one uniform number a token.
             condition_mask: [B, T], true where text is no padding; used for the null rows too, as officially.
-            prefix: known first tokens in raster order, int64 [B, n] with n < N: they are kept and the rest is drawn.
+            known: int64 [B, h, w] or [B, N], -1 where a token is to be drawn: the first ones in raster order, which are kept.
             guide: not for tokens.
 
         Returns:
@@ -89,14 +102,14 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
         if condition.dtype == torch.int64:
             check_labels(condition, generator.num_classes)
         self.check(generator, guide)
-        num_known = 0 if prefix is None else prefix.shape[1]
         num_tokens = generator.num_tokens
-        if num_known >= num_tokens:
-            raise UserError(f"{num_known} known tokens leave nothing to draw; an image has {num_tokens}")
+        first: list[Tensor] = []
+        if known is not None:
+            tokens = self.read_known(generator, known, len(noise)).to(condition.device)
+            first = list(tokens[:, : int((tokens >= 0).all(0).sum())].unbind(1))
         uniform = noise.uniform(Purpose.TOKEN, num_tokens).to(condition.device)
-        known = prefix.to(condition.device) if prefix is not None else None
-        rows = _Rows(generator, condition, condition_mask, self.guidance, known)
-        for i in range(num_known, num_tokens):
+        rows = _Rows(generator, condition, condition_mask, self.guidance, first)
+        for i in range(len(first), num_tokens):
             logits = rows.next_logits()  # [B, V]
             rows.take(self._choose(logits, uniform[:, i]))
         self.calls = torch.full((len(noise),), rows.calls)
@@ -112,11 +125,11 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
 class _Rows:
     """The sequences so far, with the cache of the conditional rows and, only while they are needed, of the null rows."""
 
-    def __init__(self, generator: Any, condition: Tensor, condition_mask: Tensor | None, guidance: Guidance, prefix: Tensor | None) -> None:
+    def __init__(self, generator: Any, condition: Tensor, condition_mask: Tensor | None, guidance: Guidance, first: list[Tensor]) -> None:
         self.generator, self.condition, self.mask = generator, condition, condition_mask
         self.scales = guidance.scales(generator.num_tokens)
         self.num_rows = condition.shape[0]
-        self.tokens: list[Tensor] = [] if prefix is None else list(prefix.unbind(1))
+        self.tokens = first
         self.cache: Any = None
         self.has_null = False
         self.calls = 0

@@ -62,6 +62,9 @@ class ContinuousSampler(Sampler):
             if (guide.code_shape, guide.num_classes) != (generator.code_shape, generator.num_classes):
                 raise UserError("the guide has other latents or classes than the model; it must be trained on the same data")
 
+    def read_known(self, generator: Any, known: Tensor, num_images: int) -> Tensor:
+        raise UserError(f"{type(self).__name__} draws latents, which have no known tokens; leave known out, it is for models of tokens")
+
     @abstractmethod
     def evaluations(self, generator: Any) -> Sequence[tuple[float, float]] | None:
         """For each call of the network its t, and the t that decides on guidance; None where they are not known in advance."""
@@ -85,7 +88,7 @@ class ContinuousSampler(Sampler):
         noise: ImageStreams,
         *,
         condition_mask: Tensor | None = None,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
         guide: Any = None,
     ) -> Tensor:
         """Draw the latents of B images.
@@ -95,7 +98,7 @@ class ContinuousSampler(Sampler):
             condition: labels int64 [B].
             noise: the streams of the B images.
             condition_mask: not for labels.
-            prefix: not for latents.
+            known: not for latents.
             guide: a weaker model whose prediction is the base of guidance instead of the null class (autoguidance, arXiv:2406.02507).
 
         Returns:
@@ -104,8 +107,8 @@ class ContinuousSampler(Sampler):
         Raises:
             UserError: the options, labels and models do not go together.
         """
-        if prefix is not None:
-            raise UserError("latents have no known first tokens to complete an image from; leave prefix out")
+        if known is not None:
+            self.read_known(generator, known, len(noise))
         if condition_mask is not None or condition.dtype != torch.int64:
             raise UserError("this model takes class labels (int64) and no text features")
         if len(condition) != len(noise):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genvision.errors import UserError
 
-Schedule = Literal["constant", "linear", "cosine"]
+Schedule = Literal["constant", "linear", "cosine", "power-cosine"]
 Method = Literal["cfg", "apg"]
 SLACK = 1e-9
 """Of the ends of an interval: start and stop are often written as step / num_steps."""
@@ -28,13 +28,15 @@ class Guidance:
     scale: float = 1.0
     """s at full strength; 1 is off, 0 is the unconditional model."""
     schedule: Schedule = "constant"
-    """How s comes to `scale` over the steps: constant, or rising from 1 linearly or by half a cosine."""
+    """How s comes to `scale` over the steps: constant, or rising from 1 linearly, by half a cosine, or by one of progress^power."""
     start: float = 0.0
     """Progress at which guidance begins, in [0, 1]."""
     stop: float = 1.0
     """Progress after which it ends, in [0, 1]."""
     channels: int | None = None
     """Only the first of them are guided; None is all. The published figures of DiT, SiT and LightningDiT guide 3."""
+    power: float = 1.0
+    """Of `power-cosine`, s = 1 + (scale - 1)(1 - cos(pi p^power)) / 2 (RAR, arXiv:2411.00776; MDT, arXiv:2303.14389)."""
     method: Method = "cfg"
     """`cfg` is the formula above; `apg` changes the difference first (genvision.samplers.projected_guidance)."""
     apg_eta: float = 0.0
@@ -53,6 +55,8 @@ class Guidance:
             raise UserError(f"guidance interval {self.start} .. {self.stop} is not allowed; 0 <= start <= stop <= 1 is needed")
         if self.channels is not None and self.channels < 1:
             raise UserError(f"guidance channels {self.channels} is not allowed; give the number of channels to guide, or none for all")
+        if not self.power > 0:
+            raise UserError(f"guidance power {self.power} is not allowed; give a number above 0, 1 is the plain cosine")
         if self.method not in get_args(Method):
             raise UserError(f"guidance method '{self.method}' is unknown; choose one of {', '.join(get_args(Method))}")
         if not math.isfinite(self.apg_eta):
@@ -67,10 +71,11 @@ class Guidance:
         return self.scales(num_steps)[step]
 
     def scales(self, num_steps: int) -> list[float]:
-        """s of each token."""
+        """s of each token, or of each step of a masked sampler; `power-cosine` never comes to the full scale, as published."""
         steps = torch.arange(num_steps, dtype=torch.float64)
         inside = (steps >= self.start * num_steps - SLACK) & (steps < self.stop * num_steps - SLACK)
-        scales: list[float] = self._scheduled(steps / max(num_steps - 1, 1), inside).tolist()
+        last = num_steps if self.schedule == "power-cosine" else max(num_steps - 1, 1)
+        scales: list[float] = self._scheduled(steps / last, inside).tolist()
         return scales
 
     def scale_over(self, progress: Tensor) -> Tensor:
@@ -91,8 +96,9 @@ class Guidance:
         scales = torch.full_like(progress, self.scale)
         if self.schedule == "linear":
             scales = 1 + (self.scale - 1) * progress
-        elif self.schedule == "cosine":
-            scales = 1 + (self.scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
+        elif self.schedule in ("cosine", "power-cosine"):
+            power = self.power if self.schedule == "power-cosine" else 1.0
+            scales = 1 + (self.scale - 1) * (1 - torch.cos(math.pi * progress**power)) / 2
         return torch.where(inside, scales, 1.0)
 
 

@@ -43,7 +43,7 @@ class SampledSet:
 
     def description(self) -> dict[str, Any]:
         """What decides the images, but not how many there are."""
-        return {key: value for key, value in describe(self.pipeline, self.request).items() if key not in ("num", "prefix")}
+        return {key: value for key, value in describe(self.pipeline, self.request).items() if key not in ("num", "known")}
 
     def draw(self, indices: range | list[int]) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [B, H, W, 3], and the network calls that each cost, int64 [B]."""

@@ -4,20 +4,19 @@ The images are drawn in chunks; process r of w draws chunks r, r + w, ... A fold
 (.npz, .png) finished chunks wait in a folder beside it and are joined at the end.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from genvision.data.sources import open_image
-from genvision.data.transforms import center_crop
 from genvision.errors import UserError
-from genvision.images import Rounding, from_uint8
+from genvision.images import Rounding
 from genvision.jobs.image_writers import open_writer
+from genvision.jobs.known_tokens import known_tokens
 from genvision.pipeline import ImagePipeline
 from genvision.processes import process_state
 from genvision.progress import Progress
@@ -65,19 +64,21 @@ def sample(
     out: Path,
     *,
     batch_size: int = 32,
-    prefix: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> None:
     """Draw the images and write them to `out`: a folder of PNG files, `*.npz` (ADM's layout) or `*.png` (one grid).
 
     Args:
-        prefix: known first tokens [n] of every image.
+        known: tokens that all images share, int64 [h, w], -1 where one is to be drawn.
 
     Raises:
-        UserError: `out` holds another job's results.
+        UserError: `out` holds another job's results, or the sampler cannot take the known tokens.
     """
     state = process_state()
     pipeline = pipeline.to(state.device)
-    job = describe(pipeline, request, prefix)
+    if known is not None:
+        pipeline.sampler.read_known(pipeline.generator, known.unsqueeze(0), 1)  # refused before anything is written
+    job = describe(pipeline, request, known)
     writer = open_writer(out, job, pipeline.label_names, request)
     if state.is_main_process:
         writer.prepare()
@@ -86,9 +87,9 @@ def sample(
     mine = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not writer.has(chunk)]
     progress = Progress(sum(map(len, mine)), "sampling", show=state.is_main_process)
     for chunk in mine:
-        rows = prefix.expand(len(chunk), -1) if prefix is not None else None
+        rows = known.expand(len(chunk), *known.shape) if known is not None else None
         output = pipeline(
-            request.labels_of(chunk), seed=request.seed, indices=chunk, prefix=rows, output_type="np", rounding=request.rounding
+            request.labels_of(chunk), seed=request.seed, indices=chunk, known=rows, output_type="np", rounding=request.rounding
         )
         writer.write(chunk, output.images)
         progress.advance(len(chunk))
@@ -96,26 +97,46 @@ def sample(
     state.wait_for_everyone()
     if state.is_main_process:
         writer.finish(chunks)
+        if known is None:
+            _print_cost(pipeline)
     state.wait_for_everyone()
 
 
+def _print_cost(pipeline: ImagePipeline) -> None:
+    multiply_adds = pipeline.sampler.multiply_adds(pipeline.generator)
+    if multiply_adds is not None:
+        calls = pipeline.sampler.network_calls(pipeline.generator)
+        gflops = 2 * multiply_adds / 1e9
+        shown = f"{gflops:,.2f}" if gflops >= 1 else f"{gflops:.2g}"
+        print(f"{calls} network calls, {shown} GFLOPs an image", file=sys.stderr, flush=True)
+
+
 def sample_from_folder(
-    model: Path, out: Path, *, complete: Path | None = None, keep: float = 0.5, batch_size: int = 32, **options: Any
+    model: Path,
+    out: Path,
+    *,
+    complete: Path | None = None,
+    keep: float | None = None,
+    init: Path | None = None,
+    mask: Path | None = None,
+    batch_size: int = 32,
+    **options: Any,
 ) -> None:
     """`sample` with everything as the command line gives it.
 
     Args:
         complete: an image whose upper part `keep` all images share.
+        init: an image that all images share where `mask` is black.
         options: see `open_job`.
 
     Raises:
-        UserError: the folder is no model, a class is unknown, an option is impossible, or `out` is occupied.
+        UserError: the folder is no model, a class is unknown, an option or a picture is impossible, or `out` is occupied.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     pipeline, request = open_job(model, **options)
-    prefix = known_tokens(pipeline, complete, keep) if complete is not None else None
-    sample(pipeline, request, out, batch_size=batch_size, prefix=prefix)
+    known = known_tokens(pipeline, complete=complete, keep=keep, init=init, mask=mask)
+    sample(pipeline, request, out, batch_size=batch_size, known=known)
 
 
 def open_job(
@@ -166,7 +187,7 @@ def open_job(
     return pipeline, SampleRequest(num=num, classes=tuple(chosen), seed=seed, labels=labels, rounding=rounding)
 
 
-def describe(pipeline: ImagePipeline, request: SampleRequest, prefix: Tensor | None = None) -> dict[str, Any]:
+def describe(pipeline: ImagePipeline, request: SampleRequest, known: Tensor | None = None) -> dict[str, Any]:
     """Everything that determines the images; two jobs with equal descriptions draw equal images."""
     options = {name: value for name, value in dict(pipeline.sampler.config).items() if not name.startswith("_")}
     facts = {
@@ -180,26 +201,6 @@ def describe(pipeline: ImagePipeline, request: SampleRequest, prefix: Tensor | N
         "tokenizer_hash": content_hash(pipeline.tokenizer),
         "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
         "network_calls": pipeline.sampler.network_calls(pipeline.generator),
-        "prefix": prefix.tolist() if prefix is not None else None,
+        "known": known.flatten().tolist() if known is not None else None,
     }
     return facts if pipeline.guide is None else facts | {"guide_hash": content_hash(pipeline.guide)}
-
-
-def known_tokens(pipeline: ImagePipeline, image_path: Path, keep: float) -> Tensor:
-    """Tokens of the upper part `keep` of an image, to complete it: int64 [n].
-
-    Raises:
-        UserError: the image cannot be read, or nothing would be kept or left.
-    """
-    if not 0 < keep < 1:
-        raise UserError(f"keep {keep} is not allowed; give the part of the image to keep, between 0 and 1")
-    if not pipeline.tokenizer.spec.discrete:
-        raise UserError("--complete: this model draws latents, which have no known first part; it is for models of tokens")
-    if len(pipeline.generator.code_shape) == 1:
-        raise UserError("--complete: the tokens of this model are no grid, so none of them stand for the upper part of an image")
-    image = np.asarray(center_crop(open_image(image_path), pipeline.image_size))
-    codes = pipeline.tokenizer.encode(from_uint8(image[None]).to(pipeline.device))[0]  # [h, w]
-    rows = round(keep * codes.shape[0])
-    if not 0 < rows < codes.shape[0]:
-        raise UserError(f"keep {keep} keeps {rows} of {codes.shape[0]} rows of tokens; choose a part that leaves something to draw")
-    return codes[:rows].flatten()

@@ -97,12 +97,24 @@ class TestCall:
         assert torch.equal(pipeline([0], guidance_scale=2.0, top_k=8).codes, pipeline([0]).codes)
         assert not torch.equal(pipeline([0, 1], guidance_scale=1.0).codes, pipeline([0, 1]).codes)
         assert pipeline.sampler.config["temperature"] == 1.0
-        with pytest.raises(UserError, match=r"has no option 'topk'; it has guidance_scale, .*top_k"):
+        with pytest.raises(UserError, match=r"has no option 'topk'; it has .*guidance_scale, .*top_k"):
             pipeline([0], topk=3)
 
     def test_steps_are_refused_by_a_sampler_that_has_none(self, pipeline):
         with pytest.raises(UserError, match="num_inference_steps: AutoregressiveSampler has no steps to choose"):
             pipeline([0], num_inference_steps=50)
+
+    def test_known_tokens_are_kept(self, pipeline):
+        whole = pipeline([0, 1, 2])
+        known = whole.codes.masked_fill(torch.arange(16).view(4, 4) >= 6, -1)
+        again = pipeline([0, 1, 2], known=known, output_type="pt")
+        assert torch.equal(again.codes, whole.codes) and again.network_calls.tolist() == [20] * 3  # ten tokens, guided
+        other = pipeline([0, 1, 2], known=known, seed=1).codes
+        assert torch.equal(other.flatten(1)[:, :6], whole.codes.flatten(1)[:, :6]) and not torch.equal(other, whole.codes)
+        all_known = pipeline([0, 1, 2], known=other, output_type="pt")
+        assert torch.equal(all_known.codes, other) and all_known.network_calls.tolist() == [0] * 3
+        with torch.no_grad():
+            torch.testing.assert_close(all_known.images, pipeline.tokenizer.decode(other).clamp(-1, 1))
 
     def test_global_randomness_is_neither_used_nor_moved(self, pipeline):
         torch.manual_seed(1)
@@ -265,9 +277,9 @@ class TestLatents:
             with pytest.raises(UserError, match=r"1 \.\. 1000"):
                 pipeline([0], num_inference_steps=1001)
 
-    def test_latents_have_no_known_beginning(self, latent_folder):
-        with pytest.raises(UserError, match="latents have no known first tokens"):
-            ImagePipeline.from_pretrained(latent_folder)([0], prefix=torch.zeros(1, 2, dtype=torch.int64))
+    def test_latents_have_no_known_tokens(self, latent_folder):
+        with pytest.raises(UserError, match="draws latents, which have no known tokens"):
+            ImagePipeline.from_pretrained(latent_folder)([0], known=torch.zeros(1, 1, 8, 8, dtype=torch.int64))
 
     def test_a_tokenizer_of_other_latents_is_refused(self, latent_folder):
         generator = ImagePipeline.from_pretrained(latent_folder).generator

@@ -18,6 +18,13 @@ def model():
     return model.eval()
 
 
+def first(codes, number):
+    """The first tokens of [B, ...] as known ones."""
+    known = codes.flatten(1).clone()
+    known[:, number:] = -1
+    return known.view_as(codes)
+
+
 class Recorder:
     """Passes everything on and notes how many rows each network call had, and what it answered."""
 
@@ -99,7 +106,7 @@ def test_codes_that_are_no_grid_come_as_sequences():
     assert together.shape == (6, 7) and sampler.network_calls(model) == 7 + 4
     alone = [sampler.sample(model, labels[i : i + 1], ImageStreams(7, [i])) for i in range(6)]
     assert torch.equal(torch.cat(alone), together)
-    assert torch.equal(sampler.sample(model, labels, ImageStreams(7, range(6)), prefix=together[:, :3]), together)
+    assert torch.equal(sampler.sample(model, labels, ImageStreams(7, range(6)), known=first(together, 3)), together)
 
 
 def test_outside_the_interval_the_null_rows_are_not_computed(model):
@@ -141,10 +148,40 @@ def test_known_tokens_are_kept_and_the_rest_is_as_if_drawn(model):
     labels, noise = torch.tensor([1, 5]), ImageStreams(2, range(2))
     sampler = AutoregressiveSampler(guidance_scale=1.5)
     whole = sampler.sample(model, labels, noise)
-    completed = sampler.sample(model, labels, noise, prefix=whole.flatten(1)[:, :5])
-    assert torch.equal(completed, whole)
-    with pytest.raises(UserError, match="nothing to draw"):
-        sampler.sample(model, labels, noise, prefix=whole.flatten(1))
+    other = sampler.sample(model, labels, ImageStreams(3, range(2)))
+    known = first(whole, 5)
+    assert torch.equal(sampler.sample(model, labels, noise, known=known), whole)
+    assert torch.equal(sampler.sample(model, labels, noise, known=known.flatten(1)), whole)
+    completed = sampler.sample(model, labels, noise, known=first(other, 5))
+    assert torch.equal(completed.flatten(1)[:, :5], other.flatten(1)[:, :5]) and not torch.equal(completed, other)
+    assert torch.equal(known, first(whole, 5))
+
+
+def test_where_all_or_no_tokens_are_known(model):
+    labels, noise, sampler = torch.tensor([1, 5]), ImageStreams(2, range(2)), AutoregressiveSampler(guidance_scale=1.5)
+    recorder, given = Recorder(model), torch.arange(18).view(2, 3, 3)
+    assert torch.equal(sampler.sample(recorder, labels, noise, known=given), given)
+    assert recorder.rows == [] and sampler.calls.tolist() == [0, 0]
+    assert torch.equal(sampler.sample(model, labels, noise, known=torch.full((2, 9), -1)), sampler.sample(model, labels, noise))
+    assert sampler.calls.tolist() == [18, 18]
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ([[1, 2, -1, 4, -1, -1, -1, -1, -1]] * 2, "raster order.* masked tokens take any"),
+        ([[-1, 2, 3, 4, 5, 6, 7, 8, 9]] * 2, "must be the first ones"),
+        ([[1, 2, -1, -1, -1, -1, -1, -1, -1], [1, -1, -1, -1, -1, -1, -1, -1, -1]], "the same places in all images"),
+        ([[1, 2, 3]] * 2, r"int64 \[2, 3\]; int64 \[2, 3, 3\], -1 where"),
+        ([[1.0] * 9] * 2, "known tokens are float32"),
+        ([[1] * 9], r"int64 \[1, 9\]"),
+        ([[24] * 9] * 2, r"lie in 24 \.\. 24; the model has tokens 0 \.\. 23"),
+        ([[-2] * 9] * 2, r"lie in -2 \.\. -2"),
+    ],
+)
+def test_known_tokens_that_cannot_be_kept_are_refused(model, known, message):
+    with pytest.raises(UserError, match=message):
+        AutoregressiveSampler().sample(model, torch.tensor([1, 5]), ImageStreams(2, range(2)), known=torch.tensor(known))
 
 
 def test_draws_follow_the_distribution_and_never_take_the_impossible():

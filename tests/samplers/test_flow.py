@@ -179,8 +179,8 @@ def test_what_does_not_go_with_a_model_is_refused(sampler):
         sampler.with_options(scale_condition=1.5).sample(generator, one, noise)
     with pytest.raises(UserError, match=r"classes 0 \.\. 1"):
         sampler.sample(generator, torch.tensor([2]), noise)
-    with pytest.raises(UserError, match="prefix"):
-        sampler.sample(generator, one, noise, prefix=torch.zeros(1, 2))
+    with pytest.raises(UserError, match="have no known tokens; leave known out"):
+        sampler.sample(generator, one, noise, known=torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(UserError, match="each image needs one label"):
         sampler.sample(generator, one, ImageStreams(0, range(2)))
     with pytest.raises(UserError, match="the guide has path vp"):

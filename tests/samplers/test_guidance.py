@@ -86,3 +86,12 @@ def test_momentum_adds_up_the_differences_of_each_image(pair):
     step = guidance(conditional, base, two, ALL, 4) - conditional
     factors = torch.tensor([0.5, 0.75, 0.5, 0.75], dtype=torch.float64).view(4, 1, 1, 1)
     torch.testing.assert_close(step, factors * (conditional - base))
+
+
+def test_a_power_of_progress_goes_along_a_cosine():
+    """RAR's formula, told with the number of the token over the number of tokens; the first token has no null branch."""
+    scales = Guidance(scale=16.0, schedule="power-cosine", power=2.75).scales(256)
+    assert scales == pytest.approx([1 + 15 * (1 - math.cos(math.pi * (i / 256) ** 2.75)) / 2 for i in range(256)])
+    assert scales[0] == 1
+    with pytest.raises(UserError, match="power"):
+        Guidance(power=0.0)

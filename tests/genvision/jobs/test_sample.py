@@ -16,9 +16,11 @@ from PIL import Image
 from genvision.cli import main
 from genvision.errors import UserError
 from genvision.images import from_uint8, to_uint8
-from genvision.jobs.sample import SampleRequest, known_tokens, sample, sample_from_folder
+from genvision.jobs.known_tokens import known_tokens
+from genvision.jobs.sample import SampleRequest, sample, sample_from_folder
 from genvision.models.dit import DiT
 from genvision.pipeline import ImagePipeline
+from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.samplers.randomness import draw_labels
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -318,30 +320,68 @@ class TestLabels:
         assert list(written.values()) == draw_labels(5, range(20), [1, 8]).tolist()
 
 
-class TestCompletion:
+class TestKnownTokens:
+    """What is kept of a picture is in test_known_tokens.py."""
+
     @pytest.fixture
-    def picture(self, tmp_path) -> Path:
+    def pictures(self, tmp_path) -> dict[str, Path]:
+        """A picture, and masks of its size that are white in the lower half, in the third row of tokens alone, nowhere."""
         rng = np.random.default_rng(0)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
-        return tmp_path / "picture.png"
+        arrays = {"picture": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)}
+        for name, rows in {"lower": slice(4, 8), "middle": slice(4, 6), "nothing": slice(0, 0)}.items():
+            arrays[name] = np.zeros((8, 8), np.uint8)
+            arrays[name][rows] = 255
+        paths = {name: tmp_path / f"{name}.png" for name in arrays}
+        for name, array in arrays.items():
+            Image.fromarray(array).save(paths[name])
+        return paths
 
-    @pytest.mark.parametrize(("keep", "rows"), [(0.25, 1), (0.5, 2), (0.75, 3)])
-    def test_the_upper_tokens_stay(self, pipeline, picture, keep, rows):
-        codes = pipeline.tokenizer.encode(from_uint8(np.asarray(Image.open(picture))[None]))
-        prefix = known_tokens(pipeline, picture, keep)
-        assert torch.equal(prefix, codes[0, :rows].flatten())
-        drawn = pipeline([0] * 8, prefix=prefix.expand(8, -1)).codes
-        assert torch.equal(drawn[:, :rows], codes[:, :rows].expand(8, -1, -1))
-        assert len(drawn[:, rows:].flatten(1).unique(dim=0)) > 1
-
-    def test_a_job_completes_every_image(self, tiny_model, pipeline, picture, tmp_path):
-        main(["sample", "--model", str(tiny_model), "--complete", str(picture), "--num", "4", "--out", str(tmp_path / "out.npz")])
-        prefix = known_tokens(pipeline, picture, 0.5)
-        expected = pipeline([0, 1, 2, 3], prefix=prefix.expand(4, -1), output_type="np").images
+    def test_a_job_completes_every_image(self, tiny_model, pipeline, pictures, tmp_path):
+        words = ["sample", "--model", str(tiny_model), "--num", "4", "--out", str(tmp_path / "out.npz")]
+        main([*words, "--complete", str(pictures["picture"])])
+        known = known_tokens(pipeline, complete=pictures["picture"])
+        expected = pipeline([0, 1, 2, 3], known=known.expand(4, -1, -1), output_type="np").images
         with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
             np.testing.assert_array_equal(file["arr_0"], expected)
-        with pytest.raises(UserError, match="prefix"):  # another picture is another job
-            draw(tiny_model, tmp_path / "out.npz", num=4, seed=0)
+        assert len(np.unique(expected, axis=0)) > 1
+        written = (tmp_path / "out.npz").stat().st_mtime_ns
+        main([*words, "--init", str(pictures["picture"]), "--mask", str(pictures["lower"])])  # the same tokens are known: the same job
+        assert (tmp_path / "out.npz").stat().st_mtime_ns == written
+
+    def test_another_mask_is_another_job(self, tiny_model, pictures, tmp_path):
+        draw(tiny_model, tmp_path / "out", num=2, init=pictures["picture"], mask=pictures["lower"])
+        for options in ({"init": pictures["picture"], "mask": pictures["nothing"]}, {}):
+            with pytest.raises(UserError, match=r"differs in known\)"):
+                draw(tiny_model, tmp_path / "out", num=2, **options)
+
+    def test_where_nothing_is_drawn_the_picture_comes_back_through_the_tokenizer(self, tiny_model, pipeline, pictures, tmp_path):
+        draw(tiny_model, tmp_path / "out", num=2, init=pictures["picture"], mask=pictures["nothing"])
+        image = from_uint8(np.asarray(Image.open(pictures["picture"]))[None])
+        reconstruction = to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(image)))
+        np.testing.assert_array_equal(pixels(tmp_path / "out"), np.repeat(reconstruction, 2, axis=0))
+
+    def test_a_mask_that_the_sampler_cannot_fill_is_refused_before_anything_is_written(self, tiny_model, pictures, tmp_path):
+        with pytest.raises(UserError, match="must be the first ones"):
+            draw(tiny_model, tmp_path / "out", init=pictures["picture"], mask=pictures["middle"])
+        assert not (tmp_path / "out").exists()
+
+
+class CountedSampler(AutoregressiveSampler):
+    """One that knows what an image costs."""
+
+    def multiply_adds(self, generator):
+        return 700_000_000 * generator.num_tokens
+
+
+class TestCost:
+    def test_it_is_told_where_the_sampler_counts_it(self, pipeline, tmp_path, capsys):
+        request = SampleRequest(num=2, classes=(1,))
+        sample(pipeline, request, tmp_path / "plain")
+        assert "network calls" not in capsys.readouterr().err
+        pipeline.sampler = CountedSampler()
+        sample(pipeline, request, tmp_path / "counted")
+        shown = capsys.readouterr()
+        assert shown.err.splitlines()[-1] == "16 network calls, 22.40 GFLOPs an image" and shown.out == ""
 
 
 class TestOptions:
@@ -374,7 +414,14 @@ class TestOptions:
             "temperature": 0.5,
             "top_k": 7,
             "top_p": 0.75,
+            "guidance_power": 1.0,
         }
+
+    @pytest.mark.parametrize(("option", "value"), [("order", "halton"), ("choice_temperature", "4.5"), ("nesting", "2x3,1x3")])
+    def test_options_of_masked_tokens_are_no_options_of_others(self, protocol, capsys, option, value):
+        with pytest.raises(SystemExit):
+            protocol(f"--{option.replace('_', '-')}", value)
+        assert f"AutoregressiveSampler has no option '{option}'" in capsys.readouterr().err
 
     @pytest.mark.parametrize(("interval", "stop"), [("-1", 1.0), ("0", 2 / 16), ("3", 5 / 16), ("100", 1.0)])
     def test_llamagens_interval_guides_the_first_c_plus_2_tokens(self, protocol, interval, stop):
