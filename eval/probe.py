@@ -1,8 +1,9 @@
 """What a generator has learnt to see: probes of its frozen hidden states (as MAGE, arXiv:2211.09117, section 4.2, does with its encoder).
 
 The generator reads codes of real images under the null condition, so no label goes in. Its hidden states are pooled and classified by
-k nearest neighbours, by a linear layer, or by attention with a learned query. Raw pixels and raw codes are classified alike, since a
-number says something only beside theirs.
+k nearest neighbours, by a linear layer fitted to its optimum or trained by MAGE's recipe, or by attention with a learned query. Raw pixels
+and raw codes are classified alike, since a number says something only beside theirs. All labels of the training set may be used, or a few
+of each class.
 
 Shapes: N images, L codes of an image, P positions of the condition, C channels of a layer, V codebook entries, K classes.
 """
@@ -10,62 +11,28 @@ Shapes: N images, L codes of an image, P positions of the condition, C channels 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genvision.data.order import epoch_order
 from genvision.data.sources import ImageSource
 from genvision.errors import UserError
-from genvision.eval.accuracy import INTERVAL_METHOD, match_classes, wilson_interval
+from genvision.eval.accuracy import INTERVAL_METHOD, match_classes
 from genvision.eval.features import exact_float32
 from genvision.eval.job import software_versions
+from genvision.eval.probe_config import ProbeConfig
 from genvision.eval.probe_features import ImageCodes, Reading
-from genvision.eval.probe_heads import classify_by_neighbours, fit_linear_probe, train_attentive_heads
+from genvision.eval.probe_heads import train_attentive_heads
+from genvision.eval.probe_images import choose_images, choose_labels, hold_out
+from genvision.eval.probe_judge import Judge, remarks, share_of
 from genvision.progress import Progress
 
 SCHEMA = "genvision.probe/1"
 Interval = tuple[float, float]
-Pooling = Literal["mean", "class", "attentive"]
-HELD_OUT = 0.1
-"""Part of the training images that chooses weight decay, layer and probe."""
-WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MAX_CODE_FEATURES = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """What is probed, and how."""
-
-    layers: tuple[int, ...] | None = None
-    """0 is what the first block reads, i what the i-th gives; None takes all."""
-    poolings: tuple[Pooling, ...] = ("mean",)
-    """mean: over the positions of the image; class: the position of the condition; attentive: a learned query, trained with the probe."""
-    k: int = 20
-    """Neighbours that vote."""
-    temperature: float = 0.07
-    """Of their votes."""
-    weight_decays: tuple[float, ...] = WEIGHT_DECAYS
-    """Of the linear probe, to choose from."""
-    attentive_epochs: int = 30
-    """Passes over the training images for attentive pooling."""
-    batch_size: int = 64
-    seed: int = 0
-    """Of the images that are held out, of subsets, and of attentive pooling."""
-
-    def __post_init__(self) -> None:
-        if not self.poolings or set(self.poolings) - set(get_args(Pooling)):
-            raise UserError(f"pooling '{', '.join(self.poolings)}' is unknown; choose from {', '.join(get_args(Pooling))}")
-        for name, value in (("k", self.k), ("attentive_epochs", self.attentive_epochs), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        if self.temperature <= 0 or min(self.weight_decays, default=-1) < 0:
-            raise UserError(f"temperature must be above 0 and weight decays at least 0, got {self.temperature} and {self.weight_decays}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be a whole number of at least 0, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +51,8 @@ class ProbeResult:
     chance: float
     """Share of the commonest class among the test images."""
     rows: list[dict[str, Any]]
-    """layer, pooling, probe (knn, linear, attentive), top1, interval, held_out (share of held-out training images), weight_decay."""
+    """layer, pooling, probe (knn, linear, mage, attentive), top1, interval, held_out (share of held-out training images), weight_decay (of
+    linear) and training_loss (of mage)."""
     baselines: list[dict[str, Any]]
     """The same of raw inputs: `input` stands for layer and pooling."""
 
@@ -98,6 +66,10 @@ class ProbeResult:
     test: str
     test_hash: str
     num_train: int
+    num_labels: int
+    """Training images whose labels were used, those held out among them; as many as `num_train` unless few-shot."""
+    label_fraction: float | None = None
+    labels_per_class: int | None = None
     num_held_out: int
     num_test: int
     num_classes: int
@@ -107,6 +79,9 @@ class ProbeResult:
     temperature: float
     weight_decays: list[float]
     attentive_epochs: int | None = None
+    mage_epochs: int | None = None
+    mage_batch_size: int | None = None
+    mage_learning_rate: float | None = None
     seed: int
 
     batch_size: int
@@ -142,7 +117,7 @@ def probe(
         hashes: `generator` and `tokenizer` to their hashes, for the result.
 
     Raises:
-        UserError: a layer or pooling is not there, the model has no null label, the classes do not match, or images are too few.
+        UserError: a layer or pooling is not there, the model has no null label, the classes do not match, or images or labels are too few.
     """
     began = time.monotonic()
     config = config or ProbeConfig()
@@ -164,11 +139,12 @@ def probe(
     if train_hash == test_hash:
         warnings.append("the probes are tested on the images that they are trained on: these are no accuracies")
     with exact_float32(), torch.no_grad():
-        known = reading.encode(train, _subset(train, num_train, config.seed), "reading training images")
-        unknown = reading.encode(test, _subset(test, num_test, config.seed), "reading test images")
+        available = choose_images(train, num_train, config.seed)
+        known = reading.encode(train, choose_labels(train, available, config), "reading training images")
+        unknown = reading.encode(test, choose_images(test, num_test, config.seed), "reading test images")
         known = known._replace(labels=torch.from_numpy(translation)[known.labels])
-        held_out = _held_out(len(known.labels), config)
-        judge = _Judge(known.labels, unknown.labels, held_out, test.num_classes, config, device)
+        held_out = hold_out(len(known.labels), config)
+        judge = Judge(known.labels, unknown.labels, held_out, test.num_classes, config, device, show_progress)
         rows = []
         chosen = [pooling for pooling in config.poolings if pooling != "attentive"]
         if chosen:
@@ -184,6 +160,8 @@ def probe(
     notes = [
         f"layer {best['layer']}, {best['pooling']} pooling and {best['probe']} did best on {int(held_out.sum()):,} held-out training images"
     ]
+    more_notes, more_warnings = remarks(config, len(known.labels), len(available), int(held_out.sum()), has_choice=len(rows) > 1)
+    notes, warnings = notes + more_notes, warnings + more_warnings
     if rival := next((row for row in baselines if row["top1"] >= best["top1"]), None):
         words = f"raw {rival['input']} do as well or better ({rival['probe']}, {rival['top1']:.1%})"
         warnings.append(f"{words}: so pooled, these hidden states say no more of the class than what went in")
@@ -204,7 +182,10 @@ def probe(
         train_hash=train_hash,
         test=test.spec,
         test_hash=test_hash,
-        num_train=len(known.labels),
+        num_train=len(available),
+        num_labels=len(known.labels),
+        label_fraction=config.label_fraction,
+        labels_per_class=config.labels_per_class,
         num_held_out=int(held_out.sum()),
         num_test=len(unknown.labels),
         num_classes=test.num_classes,
@@ -214,6 +195,9 @@ def probe(
         temperature=config.temperature,
         weight_decays=list(config.weight_decays),
         attentive_epochs=config.attentive_epochs if "attentive" in config.poolings else None,
+        mage_epochs=config.mage_epochs if "mage" in config.probes else None,
+        mage_batch_size=min(config.mage_batch_size, len(known.labels)) if "mage" in config.probes else None,
+        mage_learning_rate=config.mage_learning_rate if "mage" in config.probes else None,
         seed=config.seed,
         batch_size=config.batch_size,
         device=device,
@@ -224,38 +208,8 @@ def probe(
     )
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """k-NN and linear probe of features, tested."""
-
-    labels: Tensor
-    test_labels: Tensor
-    held_out: Tensor
-    num_classes: int
-    config: ProbeConfig
-    device: str
-
-    def __call__(self, train: Tensor, test: Tensor) -> list[dict[str, Any]]:
-        """A row for each probe of features [N, D]."""
-        train, test, labels, held_out = (tensor.to(self.device) for tensor in (train, test, self.labels, self.held_out))
-        options = {"k": self.config.k, "temperature": self.config.temperature}
-        chosen = classify_by_neighbours(train[~held_out], labels[~held_out], train[held_out], self.num_classes, **options)  # type: ignore[arg-type]
-        guessed = classify_by_neighbours(train, labels, test, self.num_classes, **options)  # type: ignore[arg-type]
-        linear, weight_decay, share = fit_linear_probe(train, labels, self.num_classes, held_out, self.config.weight_decays)
-        return [
-            self.row("knn", guessed, _share(chosen == labels[held_out])),
-            self.row("linear", linear(test), share, weight_decay),
-        ]
-
-    def row(self, name: str, guessed: Tensor, held_out: float, weight_decay: float | None = None) -> dict[str, Any]:
-        """A row for guesses of the test images, int64 [M]."""
-        right, total = int((guessed.cpu() == self.test_labels).sum()), len(guessed)
-        scores = {"top1": right / total, "interval": wilson_interval(right, total), "held_out": held_out}
-        return {"probe": name, **scores, "weight_decay": weight_decay}
-
-
 def _attentive_rows(
-    reading: Reading, known: ImageCodes, unknown: ImageCodes, held_out: Tensor, judge: _Judge, layers: Sequence[int], config: ProbeConfig
+    reading: Reading, known: ImageCodes, unknown: ImageCodes, held_out: Tensor, judge: Judge, layers: Sequence[int], config: ProbeConfig
 ) -> list[dict[str, Any]]:
     """A row for each layer; the heads never see the held-out images."""
     prefix = reading.generator.prefix_length
@@ -285,12 +239,12 @@ def _attentive_rows(
                 guesses[name][layer].append(heads[layer](tokens).argmax(dim=1).cpu())
     rows = []
     for layer in layers:
-        share = _share(torch.cat(guesses["held_out"][layer]) == known.labels[held_out])
+        share = share_of(torch.cat(guesses["held_out"][layer]) == known.labels[held_out])
         rows.append({"layer": layer, "pooling": "attentive", **judge.row("attentive", torch.cat(guesses["test"][layer]), share)})
     return rows
 
 
-def _baselines(known: ImageCodes, unknown: ImageCodes, codebook_size: int | None, judge: _Judge) -> list[dict[str, Any]]:
+def _baselines(known: ImageCodes, unknown: ImageCodes, codebook_size: int | None, judge: Judge) -> list[dict[str, Any]]:
     """Probes of what the generator was given."""
     inputs = {"pixels": (known.pixels, unknown.pixels)}
     num_codes = known.codes[0].numel()
@@ -302,10 +256,6 @@ def _baselines(known: ImageCodes, unknown: ImageCodes, codebook_size: int | None
     elif codebook_size <= MAX_CODE_FEATURES:
         inputs["codes (histogram)"] = _histogram(known.codes, codebook_size), _histogram(unknown.codes, codebook_size)
     return [{"input": name, **row} for name, (train, test) in inputs.items() for row in judge(train, test)]
-
-
-def _share(right: Tensor) -> float:
-    return int(right.sum()) / len(right)
 
 
 def _one_hot(codes: Tensor, codebook_size: int) -> Tensor:
@@ -331,21 +281,3 @@ def _layers(generator: Any, config: ProbeConfig) -> list[int]:
         why = "stands before the image and sees nothing of it" if generator.prefix_length else "has no position of its own"
         raise UserError(f"pooling class: the condition of {kind} {why}; choose mean or attentive")
     return layers
-
-
-def _subset(source: ImageSource, num: int | None, seed: int) -> np.ndarray:
-    if num is None:
-        return np.arange(len(source))
-    if not 1 <= num <= len(source):
-        raise UserError(f"{source.spec}: {num:,} images are wanted, it holds {len(source):,}; choose 1 to {len(source):,}")
-    return np.sort(epoch_order(seed, 0, len(source))[:num])
-
-
-def _held_out(num: int, config: ProbeConfig) -> Tensor:
-    """Which training images only choose, bool [N]."""
-    num_held_out = max(1, round(HELD_OUT * num))
-    if num - num_held_out < config.k:
-        raise UserError(f"{num:,} training images are too few for k = {config.k} neighbours; give more images or a smaller k")
-    mask = torch.zeros(num, dtype=torch.bool)
-    mask[torch.from_numpy(epoch_order(config.seed, 1, num)[:num_held_out].copy())] = True
-    return mask

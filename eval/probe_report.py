@@ -49,10 +49,11 @@ def probe_chart(result: ProbeResult) -> str:
     legend = _legend([line.name for line in lines], num_lines)
     height = HEADING + HEIGHT + LINE * len(lines) + MARGIN
     title = f"Frozen features of {result.model or 'the generator'}"
-    facts = f"{result.num_train:,} training and {result.num_test:,} test images, {result.num_classes:,} classes"
+    labels = "" if result.num_labels == result.num_train else f"labels of {result.num_labels:,} of "
+    facts = f"{labels}{result.num_train:,} training and {result.num_test:,} test images, {result.num_classes:,} classes"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * height}" viewBox="0 0 {WIDTH} {height}">'
-        f"<style>{_style(num_lines if len(layers) > 1 else 0, len(levels))}</style>"
+        f"<style>{style_rules(num_lines if len(layers) > 1 else 0, len(levels))}</style>"
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>'
         f'<text class="title" x="{MARGIN}" y="20">{escape(title)}</text>'
         f'<text class="facts" x="{MARGIN}" y="37">{escape(facts)}</text>'
@@ -97,7 +98,7 @@ def _legend(names: Sequence[str], num_lines: int) -> str:
     return "".join(entries)
 
 
-def _style(num_lines: int, num_levels: int) -> str:
+def style_rules(num_lines: int, num_levels: int) -> str:
     """Rules for the classes of `genvision.eval.plots`, in plain colours: not every viewer of SVG knows CSS variables."""
     rules = [
         "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif;font-size:12px;fill:#5d6470}",

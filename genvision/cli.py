@@ -50,10 +50,12 @@ class Drawing:
     """of the job; image i depends on (seed, i) alone, whatever the batch size or the number of processes."""
     labels: Literal["balanced", "random"] = "balanced"
     """balanced goes through the classes in turn, random draws each label."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
-    """how the guidance scale develops over tokens or time."""
+    guidance_schedule: Literal["constant", "linear", "cosine", "power-cosine"] | None = None
+    """how the guidance scale develops over tokens, steps or time."""
+    guidance_power: float | None = None
+    """tokens: the power of progress in power-cosine."""
     guidance_interval: tuple[float, float] | None = None
-    """where guidance is on, in parts of the tokens, or of the time from noise (0) to data (1), for example [0, 0.5]."""
+    """where guidance is on, in parts of the tokens or steps, or of the time from noise (0) to data (1), for example [0, 0.5]."""
     guidance_channels: int | None = None
     """latents: guide only the first so many channels; the published DiT, SiT and LightningDiT figures guide 3."""
     guide: Path | None = None
@@ -64,6 +66,14 @@ class Drawing:
     """flows: above 1 takes more steps at the noise."""
     scale_condition: float | None = None
     """guidance scale that a scale-conditioned model is told."""
+    order: Literal["confidence", "halton", "random"] | None = None
+    """masked tokens: in which order they are settled."""
+    choice_temperature: float | None = None
+    """masked tokens: of the noise in the order confidence; 0 settles the surest ones first."""
+    nesting: str | None = None
+    """masked tokens: which part of the network draws in how many steps; 8x3,4x3,2x3,1x3 is 3 steps with an eighth of it, and so on."""
+    cache: Literal["on", "off"] | None = None
+    """masked tokens: keep what was computed of tokens that are long known, which saves work and changes little."""
     cfg_interval: int | None = None
     """the interval in LlamaGen's own terms; c guides the first c + 2 tokens, -1 all."""
     rounding: Literal["trunc127.5", "trunc255", "round"] = "trunc127.5"
@@ -72,12 +82,13 @@ class Drawing:
     """of the generator."""
 
 
-def demo(*, out: Path = Path("demo"), family: Literal["ar", "diffusion"] = "ar", seed: int = 0) -> None:
+def demo(*, out: Path = Path("demo"), family: Literal["ar", "masked", "diffusion"] = "ar", seed: int = 0) -> None:
     """Train, sample and score a small model on real digits: no GPU, no download, a few minutes.
 
     Args:
         out: new folder for samples.png, results.json and model/.
-        family: ar, an autoregressive transformer on the codes of a VQ tokenizer; or diffusion, a flow transformer on pixels.
+        family: ar, an autoregressive transformer on the codes of a VQ tokenizer; masked, a MaskGIT on these codes; or diffusion, a flow
+            transformer on pixels.
         seed: of training and sampling.
     """
     from genvision.demo import run_demo
@@ -268,7 +279,9 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     complete: Path | None = None,
-    keep: float = 0.5,
+    keep: float | None = None,
+    init: Path | None = None,
+    mask: Path | None = None,
     batch_size: int = 32,
     drawing: Drawing,
 ) -> None:
@@ -279,18 +292,21 @@ def sample(
         out: a folder for PNG files, FILE.npz (ADM's layout) or FILE.png (one grid).
         num: how many images.
         guidance: classifier-free guidance scale, 1 is off; the model's default unless told, like all sampler options.
-        steps: of samplers of latents.
+        steps: of samplers of latents and of masked tokens.
         temperature: of the draw of tokens; 0 takes the most likely one.
         top_k: draw from the k most likely tokens; 0 from all.
         top_p: draw from the smallest set of tokens of this probability.
         complete: keep the upper part of this image and draw the rest.
-        keep: the part that is kept, between 0 and 1.
+        keep: the part of it that is kept, between 0 and 1; half unless told.
+        init: draw this image anew where the mask is white, and keep the tokens of the rest; both are cropped to the centre alike.
+        mask: image of the same size; a token is drawn anew if any pixel of its cell is white (128 to 255). All white is plain sampling;
+            nothing white gives the image back as the tokenizer reconstructs it. Autoregressive models only draw the end in raster order.
         batch_size: images at a time.
     """
     from genvision.jobs.sample import sample_from_folder
 
     options = _drawing_options(drawing, guidance_scale=guidance, num_steps=steps, temperature=temperature, top_k=top_k, top_p=top_p)
-    sample_from_folder(model, out, complete=complete, keep=keep, batch_size=batch_size, num=num, **options)
+    sample_from_folder(model, out, complete=complete, keep=keep, init=init, mask=mask, batch_size=batch_size, num=num, **options)
     print(out)
 
 
@@ -378,7 +394,7 @@ def fid(
         num: how many images; published numbers take 50,000. A larger number takes over what is there.
         reference: images, or a file of statistics, as for evaluate.
         guidance: classifier-free guidance scale, 1 is off; the model's default unless told, like all sampler options.
-        steps: of samplers of latents.
+        steps: of samplers of latents and of masked tokens.
         temperature: of the draw of tokens; 0 takes the most likely one.
         top_k: draw from the k most likely tokens; 0 from all.
         top_p: draw from the smallest set of tokens of this probability.
@@ -524,9 +540,15 @@ def probe(
     out: Path,
     layer: str = "all",
     pooling: str = "mean",
+    probe: str = "knn,linear",
     k: int = 20,
     temperature: float = 0.07,
     epochs: int = 30,
+    mage_epochs: int = 90,
+    mage_lr: float = 0.1,
+    mage_batch_size: int = 4096,
+    label_fraction: float | None = None,
+    labels_per_class: int | None = None,
     num_train: int | None = None,
     num_test: int | None = None,
     seed: int = 0,
@@ -543,12 +565,18 @@ def probe(
         out: new folder for results.json and probe.svg.
         layer: all, a number, or numbers separated by commas; 0 is what the first block reads.
         pooling: mean, class, attentive, or several separated by commas.
+        probe: of features that are pooled: knn, linear (fitted to its optimum), mage (trained by MAGE's recipe), or several.
         k: neighbours that vote.
         temperature: of their votes.
         epochs: passes over the training images, for attentive pooling.
+        mage_epochs: passes over the training images, for the probe mage.
+        mage_lr: its peak learning rate for 256 images a batch; 0.1 is for ImageNet, small sets need far more.
+        mage_batch_size: its batches, at most.
+        label_fraction: use the labels of this part of each class only, at least one; 0.01 is the usual few-shot setting.
+        labels_per_class: use so many labels of each class instead.
         num_train: so many training images, drawn at random; all of them unless told.
         num_test: so many test images, likewise.
-        seed: of the images that are held out, of subsets and of attentive pooling.
+        seed: of the images that are held out, of subsets, of the labels that are used and of training.
         batch_size: images at a time.
         workers: processes that decode images.
         device: cuda, cpu, ...; the best there is unless told.
@@ -557,12 +585,104 @@ def probe(
     from genvision.jobs.probe import probe_config, probe_folder
 
     config = probe_config(
-        layer=layer, pooling=pooling, k=k, temperature=temperature, attentive_epochs=epochs, batch_size=batch_size, seed=seed
+        layer=layer,
+        pooling=pooling,
+        probe=probe,
+        k=k,
+        temperature=temperature,
+        attentive_epochs=epochs,
+        mage_epochs=mage_epochs,
+        mage_learning_rate=mage_lr,
+        mage_batch_size=mage_batch_size,
+        label_fraction=label_fraction,
+        labels_per_class=labels_per_class,
+        batch_size=batch_size,
+        seed=seed,
     )
     result = probe_folder(
         model, train, test, out, config=config, num_train=num_train, num_test=num_test, num_workers=workers, device=device
     )
     _say(f"{format_probe(result)}\n{out}")
+
+
+def finetune(
+    *,
+    model: Path,
+    data: str,
+    test: str,
+    out: Path,
+    layer: int | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    lr: float = 2.5e-4,
+    min_lr: float = 1e-6,
+    warmup_epochs: float = 5.0,
+    weight_decay: float = 0.05,
+    layer_decay: float = 0.65,
+    drop_path: float = 0.1,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    smoothing: float = 0.1,
+    crop: Literal["center", "random", "resized"] = "resized",
+    no_flip: bool = False,
+    test_every: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+    workers: int = 2,
+    device: str | None = None,
+) -> None:
+    """Fine-tune a generator as an image classifier: accuracy of its trunk with a new head, layer by layer slower towards the input.
+
+    Args:
+        model: folder written by train, demo or import; it stays as it is.
+        data: labelled real images to learn from: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        test: other labelled real images of the same classes.
+        out: new folder for results.json, curve.svg, classifier.json and classifier.safetensors.
+        layer: whose outputs are classified, 0 (what the first block reads) to the number of blocks; the last unless told.
+        epochs: passes over the images.
+        batch_size: images at a time.
+        lr: peak learning rate of the head for 256 images a batch, scaled with the batch size.
+        min_lr: what it falls to along a cosine.
+        warmup_epochs: epochs of rise before.
+        weight_decay: of kernels and matrices.
+        layer_decay: factor of the learning rate from each layer to the one below; 1 is none.
+        drop_path: probability with which the last block is left out for an image, rising from 0 in the first.
+        mixup: parameter of the shares in which two images are blended; 0 is off.
+        cutmix: parameter of the shares in which two images are pieced together; 0 is off.
+        smoothing: part of a label that is spread over all classes.
+        crop: of training images: resized, from a fifth of the image on; random, from an image enlarged by up to a quarter; or center.
+        no_flip: do not mirror images; for digits and letters.
+        test_every: epochs between tests.
+        dtype: of the products; bfloat16 is for GPUs.
+        seed: of the head, the order, crops, mirroring, mixing and what is left out.
+        workers: processes that decode images.
+        device: cuda, cpu, ...; the best there is unless told.
+    """
+    from genvision.eval.finetune_config import FinetuneConfig
+    from genvision.eval.finetune_report import format_finetune
+    from genvision.jobs.finetune import finetune_folder
+
+    config = FinetuneConfig(
+        layer=layer,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=lr,
+        min_learning_rate=min_lr,
+        warmup_epochs=warmup_epochs,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        drop_path=drop_path,
+        mixup=mixup,
+        cutmix=cutmix,
+        label_smoothing=smoothing,
+        crop=crop,
+        flip=not no_flip,
+        test_every=test_every,
+        dtype=dtype,
+        seed=seed,
+    )
+    result = finetune_folder(model, data, test, out, config=config, num_workers=workers, device=device)
+    _say(f"{format_finetune(result)}\n{out}")
 
 
 def neighbours(
@@ -687,6 +807,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "cas": cas,
     "probe": probe,
+    "finetune": finetune,
     "neighbours": neighbours,
     "import": import_,
     "export": export,
@@ -729,8 +850,11 @@ def main(argv: list[str] | None = None) -> None:
 def _drawing_options(drawing: Drawing, **sampler_options: float | None) -> dict[str, Any]:
     """As genvision.jobs.sample.open_job takes them."""
     options = asdict(drawing)
-    names = ("guidance_schedule", "guidance_channels", "method", "time_shift", "scale_condition")
-    return options | {"sampler_options": {name: options.pop(name) for name in names} | sampler_options}
+    cache = options.pop("cache")
+    of_latents = ("guidance_channels", "method", "time_shift", "scale_condition")
+    names = ("guidance_schedule", "guidance_power", "order", "choice_temperature", "nesting", *of_latents)
+    chosen = {name: options.pop(name) for name in names} | {"use_cache": None if cache is None else cache == "on"}
+    return options | {"sampler_options": chosen | sampler_options}
 
 
 def _say(text: str) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 from genvision.data.sources import open_source
 from genvision.errors import UserError
-from genvision.eval.probe import ProbeConfig, ProbeResult
+from genvision.eval.probe import ProbeResult
 from genvision.eval.probe import probe as run
+from genvision.eval.probe_config import ProbeConfig
 from genvision.eval.probe_report import probe_chart
 from genvision.eval.report import write_json, write_text
 from genvision.jobs.output import check_one_process, check_output
@@ -29,18 +30,18 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
         raise UserError(f"layer '{text}': expected all, a number, or numbers separated by commas") from None
 
 
-def probe_config(*, layer: str, pooling: str, **options: Any) -> ProbeConfig:
+def probe_config(*, layer: str, pooling: str, probe: str = "knn,linear", **options: Any) -> ProbeConfig:
     """Options as the command line gives them.
 
     Args:
         layer: see `parse_layers`.
-        pooling: names separated by commas.
+        pooling, probe: names separated by commas.
 
     Raises:
         UserError: one of them is impossible.
     """
-    poolings = tuple(name.strip() for name in pooling.split(","))
-    return ProbeConfig(layers=parse_layers(layer), poolings=poolings, **options)  # type: ignore[arg-type]
+    poolings, probes = (tuple(name.strip() for name in names.split(",")) for names in (pooling, probe))
+    return ProbeConfig(layers=parse_layers(layer), poolings=poolings, probes=probes, **options)  # type: ignore[arg-type]
 
 
 def probe_folder(

@@ -10,7 +10,8 @@ import torch
 
 from genvision.data.sources import open_source
 from genvision.errors import UserError
-from genvision.eval.probe import ProbeConfig, ProbeResult, probe
+from genvision.eval.probe import ProbeResult, probe
+from genvision.eval.probe_config import ProbeConfig
 from genvision.eval.probe_features import pool_states
 from genvision.eval.probe_heads import LinearProbe, classify_by_neighbours, fit_linear_probe, train_attentive_heads
 from genvision.eval.probe_report import format_probe, probe_chart

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from genvision.errors import UserError
-from genvision.eval.probe import ProbeConfig
+from genvision.eval.probe_config import ProbeConfig
 from genvision.jobs.probe import parse_layers, probe_config, probe_folder
 
 QUICK = ProbeConfig(layers=(1,), k=3, weight_decays=(0.1,))
@@ -51,7 +51,7 @@ def test_layers_are_read_from_text():
 
 
 def test_options_are_read_as_the_command_line_gives_them():
-    config = probe_config(layer="0,2", pooling="mean, attentive", k=7, seed=3)
-    assert config == ProbeConfig(layers=(0, 2), poolings=("mean", "attentive"), k=7, seed=3)
+    config = probe_config(layer="0,2", pooling="mean, attentive", probe="knn, mage", k=7, seed=3)
+    assert config == ProbeConfig(layers=(0, 2), poolings=("mean", "attentive"), probes=("knn", "mage"), k=7, seed=3)
     with pytest.raises(UserError, match="pooling 'max'"):
         probe_config(layer="all", pooling="max")
