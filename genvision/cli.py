@@ -72,7 +72,7 @@ class Drawing:
     """masked tokens: of the noise in the order confidence; 0 settles the surest ones first."""
     nesting: str | None = None
     """masked tokens: which part of the network draws in how many steps; 8x3,4x3,2x3,1x3 is 3 steps with an eighth of it, and so on."""
-    cache: Literal["on", "off"] | None = None
+    kv_cache: Literal["on", "off"] | None = None
     """masked tokens: keep what was computed of tokens that are long known, which saves work and changes little."""
     cfg_interval: int | None = None
     """the interval in LlamaGen's own terms; c guides the first c + 2 tokens, -1 all."""
@@ -850,7 +850,7 @@ def main(argv: list[str] | None = None) -> None:
 def _drawing_options(drawing: Drawing, **sampler_options: float | None) -> dict[str, Any]:
     """As genvision.jobs.sample.open_job takes them."""
     options = asdict(drawing)
-    cache = options.pop("cache")
+    cache = options.pop("kv_cache")
     of_latents = ("guidance_channels", "method", "time_shift", "scale_condition")
     names = ("guidance_schedule", "guidance_power", "order", "choice_temperature", "nesting", *of_latents)
     chosen = {name: options.pop(name) for name in names} | {"use_cache": None if cache is None else cache == "on"}

@@ -22,6 +22,8 @@ class Preset:
     """Size."""
     source: str
     """Paper and table of the numbers."""
+    tokenizer: tuple[str, ...] = ()
+    """Of a generator: presets of the tokenizers whose codes it was trained on, several where only decoders differ; empty: none of ours."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """Published sampling protocol."""
     published: dict[str, float] = field(default_factory=dict)

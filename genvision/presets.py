@@ -6,6 +6,7 @@ from typing import Any
 from genvision.errors import UserError
 from genvision.preset import Preset
 from genvision.presets_diffusion import DIFFUSION_PRESETS
+from genvision.presets_masked import MASKED_PRESETS
 
 LLAMAGEN = "LlamaGen, arXiv:2406.06525"
 
@@ -132,6 +133,7 @@ def _gpt(size: str, image_size: int, guidance: float, published: dict[str, float
         image_size=image_size,
         million_parameters=millions,
         source=f"{LLAMAGEN}, tables 6 and 8-10",
+        tokenizer=("llamagen-vq16",),
         sampler={"guidance_scale": guidance},
         published=published,
         notes="Samples at 384 are resized to 256 (bicubic, before rounding) for these scores." if image_size == 384 else "",
@@ -191,6 +193,7 @@ PRESETS: dict[str, Preset] = {
     "llamagen-c2i-xxl-384": _gpt("xxl", 384, 1.75, {"fid": 2.34, "is": 253.90, "precision": 0.80, "recall": 0.59}),
     "llamagen-c2i-3b-256": _gpt("3b", 256, 1.65, {}),
     "llamagen-c2i-3b-384": _gpt("3b", 384, 1.65, {"fid": 2.18, "is": 263.33, "precision": 0.81, "recall": 0.58}),
+    **MASKED_PRESETS,
     **DIFFUSION_PRESETS,
 }
 
@@ -217,6 +220,7 @@ def format_presets() -> str:
 def format_preset(name: str) -> str:
     """One preset in full."""
     preset = find_preset(name)
+    trained_on = {"tokenizer": " or ".join(preset.tokenizer) or "none of these presets"} if preset.component == "generator" else {}
     facts: dict[str, Any] = {
         "component": preset.component,
         "family": preset.family,
@@ -224,6 +228,7 @@ def format_preset(name: str) -> str:
         "image size": preset.image_size,
         "parameters": f"{preset.million_parameters:,.1f} million",
         "original arguments": preset.config,
+        **trained_on,
         "sampling protocol": preset.sampler or "-",
         "published scores": preset.published or "none published for this size and resolution",
         "source": preset.source,

@@ -20,11 +20,13 @@ SDE_250 = {"method": "euler-maruyama", "num_steps": 250, "diffusion": "linear"}
 PROTOCOL = "50,000 images with labels drawn at random (--labels random)"
 THREE_CHANNELS = "guidance on the first three channels only; on all of them the same scale is stronger"
 SD_VAE = "Decoder sd-vae-ft-ema."
+SD_LATENTS = ("sd-vae-ft-ema", "sd-vae-ft-mse", "sd-vae-kl-f8")
+"""One encoder; fine-tuning changed the decoders only."""
 
 
 def _generator(family: str, config: dict[str, Any], file: str, source: str, **facts: Any) -> Preset:
-    size = {"image_size": 256, "million_parameters": 674.8}
-    return Preset(component="generator", family=family, config=XL | config, file=file, source=source, **(size | facts))
+    common: dict[str, Any] = {"image_size": 256, "million_parameters": 674.8, "tokenizer": SD_LATENTS}
+    return Preset(component="generator", family=family, config=XL | config, file=file, source=source, **(common | facts))
 
 
 def _lightningdit(epochs: int, scale: float, start: float, published: dict[str, float]) -> Preset:
@@ -44,6 +46,7 @@ def _lightningdit(epochs: int, scale: float, start: float, published: dict[str, 
         f"lightningdit-xl-imagenet256-{epochs}ep.pt",
         LIGHTNINGDIT,
         million_parameters=675.0,
+        tokenizer=(),
         sampler={
             "method": "euler",
             "num_steps": 249,
@@ -101,6 +104,7 @@ DIFFUSION_PRESETS: dict[str, Preset] = {
         image_size=256,
         million_parameters=674.8,
         source="pipeline of diffusers, model facebook/DiT-XL-2-256",
+        tokenizer=SD_LATENTS,
         sampler={"method": "ddim", "num_steps": 50, "spacing": "leading", "guidance_scale": 4.0},
         notes="The folder of a DiTPipeline (its vae becomes the tokenizer), its folder `transformer`, or the file of weights in it. "
         "Drawn as diffusers draws by default: 50 steps of DDIM (100 network calls), guidance 4.0 on all channels, no learned "

@@ -22,6 +22,9 @@ RECIPES = shipped_recipes()
 
 SMALL_MODELS: dict[str, dict[str, object]] = {
     "llamagen": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "num_kv_heads": "null", "mlp_multiple_of": 8, "num_classes": "null"},
+    "rar": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "num_classes": "null"},
+    "maskgit": {"hidden_dim": 16, "depth": 1, "num_heads": 8, "mlp_multiple_of": 8, "num_classes": "null"},  # 8 can be nested
+    "mage": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "dit": {"hidden_dim": 16, "depth": 1, "num_heads": 2, "num_classes": "null"},
     "vq": {"base_channels": 2, "num_res_blocks": 1, "norm_groups": 2},
     "vitok": {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("width", 8), ("depth", 1), ("heads", 2))},
@@ -165,6 +168,8 @@ def small_codebook(model: dict) -> dict[str, object]:
 def test_a_recipe_trains_a_step(recipe, photos, codes, latents, kl_tokenizer, tiny_tokenizer, perceptual_weights, tmp_path):
     config, _ = load_train_config(["--config", recipe])
     small = words("model", SMALL_MODELS[config.model["name"]]) + words("train", SMALL_LOOP)
+    if config.model["name"] in ("maskgit", "mage"):
+        small += words("sampler", {"num_steps": 2, "nesting": "1"})
     if config.model["name"] == "dit":
         small += words("sampler", {"num_steps": 2})
         small += words("loss.guidance", {"start_step": 0, "auto_every": 0})  # Model-guidance from the first step, where it is on
@@ -188,7 +193,9 @@ def test_a_recipe_trains_a_step(recipe, photos, codes, latents, kl_tokenizer, ti
     elif config.data.spec.startswith("encoded:"):
         small += [*words("data", {"spec": f"encoded:{codes}"}), "--tokenizer", str(tiny_tokenizer)]
     else:
-        small += [*words("data", {"spec": f"folder:{photos}", "image_size": 8, "num_workers": 0})]  # pixels, which need no folder
+        small += words("data", {"spec": f"folder:{photos}", "image_size": 8, "num_workers": 0})
+        if not config.tokenizer.startswith("pixels"):
+            small += ["--tokenizer", str(tiny_tokenizer)]
     main(["train", "--config", recipe, "--output_dir", str(tmp_path / "run"), *small])
 
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()

@@ -1,7 +1,8 @@
-"""The commands of docs/tokenizers.md and docs/diffusion.md are run as they stand there, on a tiny folder of photographs."""
+"""The commands of the pages in docs are run as they stand there, on a tiny folder of photographs or on digits, with tiny models."""
 
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -10,33 +11,55 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from genvision.cli import main
 from genvision.config import MODELS, recipe_path
+from genvision.convert import load_official
 from genvision.models.dit import DiT
+from genvision.models.mage import MAGE
+from genvision.models.maskgit import MaskGIT
+from genvision.models.rar import RAR
 from genvision.objectives.diffusion import DiffusionLossConfig
 from genvision.objectives.flow import FlowLossConfig
+from genvision.objectives.mask_schedules import check_schedule
+from genvision.objectives.masked import MaskedLossConfig
 from genvision.objectives.model_guidance import ModelGuidanceConfig
+from genvision.objectives.permuted import PermutedLossConfig
 from genvision.presets import PRESETS
 from genvision.presets_diffusion import DIFFUSION_PRESETS
+from genvision.presets_masked import MASKED_PRESETS
+from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.samplers.diffusion import DiffusionSampler
 from genvision.samplers.diffusion import Method as DiffusionMethod
 from genvision.samplers.flow import FlowSampler
 from genvision.samplers.flow import Method as FlowMethod
+from genvision.samplers.masked import MaskedSampler
 from genvision.tokenizers.base import load_tokenizer
 from genvision.tokenizers.quantizers import QUANTIZERS
 from genvision.training.config import DataConfig
+from parity_fixtures import Fixture
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "tokenizers.md").read_text()
 DIFFUSION = (DOCS / "diffusion.md").read_text()
+MASKED = (DOCS / "masked.md").read_text()
+REPRESENTATION = (DOCS / "representation.md").read_text()
 TINY = {
     "vq/vq_folder64.yaml": "--train.num_steps 2 --train.batch_size 4 --model.base_channels 8 --data.num_workers 0",
     "vitok/vitok_cifar10.yaml": "--train.num_steps 2 --train.batch_size 4 --model.encoder_depth 1 --data.num_workers 0",
     "dit/dit_s2_64.yaml": "--train.num_steps 2 --train.batch_size 4 --model.depth 1 --sampler.num_steps 2 --data.num_workers 0",
+    "vq/vq_digits.yaml": "--train.num_steps 2 --train.batch_size 8 --model.base_channels 8",
+    "maskgit/maskgit_digits.yaml": "--train.num_steps 2 --train.batch_size 8 --model.depth 1 --sampler.num_steps 4",
+    "maskgit/magnets_digits.yaml": "--train.num_steps 2 --train.batch_size 8 --model.depth 1",
+    "mage/mage_digits.yaml": "--train.num_steps 2 --train.batch_size 8 --model.depth 1 --model.decoder_depth 1",
+    "probe": "--num-train 200 --num-test 40 --workers 0 --mage-epochs 2",
+    "runs/probe": "--probe knn",
+    "--labels-per-class": "--probe knn",
+    "finetune": "--epochs 1 --warmup-epochs 0 --batch-size 256 --workers 0",
 }
-"""What makes the recipes small enough for a test."""
+"""What makes recipes and commands small enough for a test."""
 PREDICTED = {"ddpm": "noise", "linear": "velocity"}
 PROTOCOLS = {
     "DiT": "dit-xl-2-256",
@@ -152,3 +175,87 @@ def test_what_the_page_names_exists():
     assert set(QUANTIZERS) == set(
         re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in quantizers.splitlines() if line.startswith("| `")))
     )
+
+
+def test_the_commands_and_the_code_for_masked_generators_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    white = np.zeros((8, 8), dtype=np.uint8)
+    white[2:6, 4:] = 255
+    Image.fromarray(white).save("mask.png")
+    commands = run_all(MASKED)
+    assert commands == ["train", "encode", "train", *["sample"] * 5, "train", "sample", "train", "sample"]
+    for name in ("halton", "confident", "completed", "edited", "magnets", "mage"):
+        with Image.open(tmp_path / f"runs/{name}.png") as grid:
+            assert min(grid.size) > 4 * 8
+    assert len(list(Path("runs/threes").glob("*.png"))) == 4
+    assert re.search(r"4 network calls, [\d.e-]+ GFLOPs an image", capsys.readouterr().err)
+    exec(code(MASKED, "python"), {})
+    assert capsys.readouterr().out.strip() == "[4, 4] True"
+
+
+def test_the_commands_and_the_code_for_representations_run(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "runs/model")
+    assert run_all(REPRESENTATION) == [*["probe"] * 4, "finetune"]
+    capsys.readouterr()
+    exec(code(REPRESENTATION, "python"), {})
+    assert capsys.readouterr().out.strip() in [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("column", "family", "fixture"),
+    [
+        ("MaskGIT", "maskgit-jax", "maskgit_jax"),
+        ("ImageBert", "maskgit-bert", "maskgit_bert"),
+        ("UViTBert", "maskgit-bert", "maskgit_uvit"),
+        ("Halton-MaskGIT", "halton-maskgit", "halton_maskgit"),
+    ],
+)
+def test_the_switches_on_the_page_are_those_of_imported_models(column, family, fixture):
+    recorded = Fixture(fixture)
+    config = load_official(family, recorded.state, recorded.config).config
+    rows = [row.strip(" |").split(" | ") for row in MASKED.partition("| switch |")[2].partition("\n\n")[0].splitlines()]
+    place = next(i for i, name in enumerate(rows[0], start=1) if name.split(" (")[0] == column)
+    switches = {row[0].strip("`"): row[place] for row in rows[2:] if row[0].startswith("`")}
+    assert len(switches) == 8
+    for name, value in switches.items():
+        assert config[name] == type(config[name])(yaml.safe_load(value)), name
+
+
+def test_the_losses_and_schedules_on_the_page_are_possible():
+    table = MASKED.partition("| original | masks |")[2].partition("\n\n")[0]
+    losses = [yaml.safe_load(text) for text in re.findall(r"`(\{.*\})`", table)]
+    assert len(losses) == 4
+    for loss in losses:
+        MaskedLossConfig(**loss)
+    schedules = MASKED.partition("| gamma |")[2].partition("\n\n")[0]
+    for name in re.findall(r"`([\w<>]+)`", schedules):
+        check_schedule(name.replace("<X>", "3"))
+
+
+def test_the_page_on_masked_generators_counts_network_calls_as_the_samplers_do():
+    places = {"codebook_size": 4, "grid_size": 4, "hidden_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 2}
+    masked, autoregressive = MaskGIT(**places, mlp_multiple_of=8), RAR(**places)
+    rows = [
+        row.strip("| ").split(" | ") for row in MASKED.partition("| network calls of an image |")[2].partition("\n\n")[0].splitlines()[2:]
+    ]
+    for schedules, steps, tokens in rows:
+        known = {"T": 5, "2T": 10, "2T - 1": 9, "N": 16, "2N": 32, "2N - 1": 31}
+        names = re.findall(r"`([\w-]+)`", schedules)
+        for options in [{"guidance_scale": 3.0, "guidance_schedule": name} for name in names] or [{}]:
+            assert MaskedSampler(num_steps=5, **options).network_calls(masked) == known[steps.split(":")[0]]
+            assert AutoregressiveSampler(**options).network_calls(autoregressive) == known[tokens.split(" |")[0]]
+
+
+def test_what_the_page_on_masked_generators_names_exists():
+    for recipe in re.findall(r"`(\w+/\w+\.yaml)`", MASKED):
+        assert recipe_path(recipe).is_file()
+    assert set(re.findall(r"`((?:maskgit-titok|halton-maskgit|mage-[bl]|rar)-[\w-]+)`", MASKED)) == set(MASKED_PRESETS)
+    for file in re.findall(r"`((?:genvision|samplers|tests)/[\w/]+\.py)`", MASKED):
+        assert (DOCS.parent / file).is_file()
+    known = {"loss": names(MaskedLossConfig) | names(PermutedLossConfig), "data": names(DataConfig)}
+    known["model"] = {*signature(MaskGIT).parameters, *signature(MAGE).parameters}
+    for section, key in re.findall(r"`(loss|data|model)\.(\w+)[:`]", MASKED):
+        assert key in known[section], f"{section}.{key}"
+    for page in re.findall(r"\]\((\w+\.md)[#)]", MASKED):
+        assert (DOCS / page).is_file()

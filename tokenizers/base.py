@@ -244,6 +244,9 @@ def load_component(folder: Path, registry: dict[str, str], kind: str) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: the {kind} cannot be loaded, its files are damaged or incomplete: {reason}") from error
     if isinstance(module, torch.nn.Module):
+        missing = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise UserError(f"{folder}: {len(missing)} tensors of the {kind} are missing, {missing[0]} first; write the folder again")
         broken = [name for name, tensor in module.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
         if broken:
             raise UserError(

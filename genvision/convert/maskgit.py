@@ -101,10 +101,11 @@ def maskgit_bert(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     if not is_bert:
         return module, _uvit_state(state, codebook_size, depth // 2)
     state = _split_words(state, WORDS, codebook_size)
-    if (types := state.pop(TOKEN_TYPES, None)) is None:
+    types = state.pop(TOKEN_TYPES, None)
+    if types is None and "token_embed.weight" in state:  # else it is another family's file
         raise UserError(f"{TOKEN_TYPES} is missing; fetch the file again")
     state = _packed(renamed(state, BERT_NAMES, ignore={"model.embeddings.position_ids"}), ("query", "key", "value"))
-    if "position_embed" in state:  # every token is of type 0, so that its row is part of every position
+    if types is not None and "position_embed" in state:  # every token is of type 0, so that its row is part of every position
         state["position_embed"] = state["position_embed"] + types[0]
     return module, state
 

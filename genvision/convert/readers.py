@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genvision.errors import UserError
 
-CONTAINERS = ("model", "ema", "module", "state_dict")
+CONTAINERS = ("model", "ema", "module", "state_dict", "model_state_dict")
 """Keys under which official files keep their weights; a file without them is a bare state dict."""
 
 

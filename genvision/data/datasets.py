@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from genvision.data.order import local_batch_size, sample_indices, sample_positions, sample_rng, uniform_choice
+from genvision.data.order import local_batch_size, sample_indices, sample_positions, sample_rng, uniform_choice, view_seed
 from genvision.data.sources import BadImageError, ImageSource, OnBadImage
-from genvision.data.transforms import CropConfig, ViewConfig, center_crop, random_crop
+from genvision.data.transforms import MIN_AREA, Crop, CropConfig, ViewConfig, center_crop
 from genvision.errors import UserError
 from genvision.images import from_uint8
 
@@ -48,10 +48,12 @@ class ImageDataset:
 
     Args:
         image_size: side of the tensors.
-        crop: `center` or `random`.
+        crop: `center`, `random` or `resized`.
         flip: mirror half of the images.
-        enlarge_range: see CropConfig.
+        enlarge_range, min_area: see CropConfig.
         seed: crop and flip of a sample depend on this and its position alone.
+        views: of each image in a batch; 2 for a contrastive loss. The first is what one view would be; the second has a crop and flip of
+            its own, or is the mirror image of a centre crop.
         on_bad_image: `skip` puts the next readable image in the place of an unreadable one and notes it in `bad_images`.
     """
 
@@ -60,14 +62,18 @@ class ImageDataset:
         source: ImageSource,
         image_size: int,
         *,
-        crop: Literal["center", "random"] = "center",
+        crop: Crop = "center",
         flip: bool = True,
         enlarge_range: tuple[float, float] = (1.0, 1.25),
+        min_area: float = MIN_AREA,
         seed: int = 0,
+        views: Literal[1, 2] = 1,
         on_bad_image: OnBadImage = "stop",
     ) -> None:
         self.source, self.image_size, self.seed, self.on_bad_image = source, image_size, seed, on_bad_image
-        self.crops = CropConfig(crop=crop, flip=flip, enlarge_range=enlarge_range)
+        self.crops, self.batch_views = CropConfig(crop=crop, flip=flip, enlarge_range=enlarge_range, min_area=min_area), views
+        if views == 2 and crop == "center" and not flip:
+            raise UserError("data.views 2: centre crops without flips are the same twice; set data.crop to random, or data.flip to true")
         self.labels, self.label_names = source.labels, source.label_names
         self.bad_images: BadImages = {}
         small = len(source) * image_size * image_size * 3 <= MAX_CACHE_BYTES
@@ -88,34 +94,54 @@ class ImageDataset:
         return {key: value[0] for key, value in self.get_batch(np.array([position]), np.array([index])).items()}
 
     def get_batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
-        """`images` float32 [B, 3, H, W] in [-1, 1], `labels` and `positions` int64 [B].
+        """`images` float32 [B, 3, H, W] in [-1, 1], or [B, 2, 3, H, W] of two views; `labels` and `positions` int64 [B].
 
         Raises:
             BadImageError: an image cannot be decoded, and none may be skipped or none is left.
         """
         positions, indices = np.array(positions, dtype=np.int64), np.asarray(indices)
         if self._cached is not None:
-            used, images = self._cached.take(indices, self._cropped)
+            used, images = self._cached.take(indices, self._centered)
+        elif self.crops.crop == "center":
+            used, images = _stacked([self._centered(index) for index in indices.tolist()])
         else:
-            pairs = [self._cropped(index, position) for index, position in zip(indices.tolist(), positions.tolist(), strict=True)]
-            used, images = np.array([index for index, _ in pairs]), np.stack([image for _, image in pairs])
+            used, images = _stacked([self._cropped(*pair) for pair in zip(indices.tolist(), positions.tolist(), strict=True)])
+        if self.batch_views > images.shape[1]:
+            images = images.repeat(self.batch_views, axis=1)
         if self.crops.flip:
-            mirrored = uniform_choice(self.seed, positions, 2) == 1
+            mirrored = self._mirrored(positions)
             images[mirrored] = images[mirrored, :, ::-1]
-        return {"images": from_uint8(images), "labels": torch.from_numpy(self.labels[used]), "positions": torch.from_numpy(positions)}
+        tensors = from_uint8(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])  # [B, V, 3, H, W]
+        return {
+            "images": tensors if self.batch_views == 2 else tensors[:, 0],
+            "labels": torch.from_numpy(self.labels[used]),
+            "positions": torch.from_numpy(positions),
+        }
 
     def plain(self, index: int) -> Tensor:
         """The centre crop of one image, never mirrored: float32 [3, H, W] in [-1, 1]."""
         _, image = self._readable(index)
         return from_uint8(np.asarray(center_crop(image, self.image_size))[None])[0]
 
-    def _cropped(self, index: int, position: int = 0) -> tuple[int, np.ndarray]:
-        """The image at `index` or the next readable one: its own index, and uint8 [H, W, 3]."""
+    def _centered(self, index: int) -> tuple[int, np.ndarray]:
+        """The image at `index` or the next readable one: its own index, and uint8 [1, H, W, 3]."""
         index, image = self._readable(index)
-        if self.crops.crop == "center":
-            return index, np.asarray(center_crop(image, self.image_size))
-        rng = sample_rng(self.seed, position)
-        return index, np.asarray(random_crop(image, self.image_size, rng, enlarge_range=self.crops.enlarge_range))
+        return index, np.asarray(center_crop(image, self.image_size))[None]
+
+    def _cropped(self, index: int, position: int) -> tuple[int, np.ndarray]:
+        """The same, of random crops: [V, H, W, 3]."""
+        index, image = self._readable(index)
+        rngs = [sample_rng(view_seed(self.seed, view), position) for view in range(self.batch_views)]
+        return index, np.stack([np.asarray(self.crops.apply(image, self.image_size, rng)) for rng in rngs])
+
+    def _mirrored(self, positions: np.ndarray) -> np.ndarray:
+        """Which views are mirrored, boolean [B, V]."""
+        first = uniform_choice(self.seed, positions, 2) == 1
+        if self.batch_views == 1:
+            return first[:, None]
+        is_free = self.crops.crop != "center"  # the flip is all in which two centre crops can differ
+        second = uniform_choice(view_seed(self.seed, 1), positions, 2) == 1 if is_free else ~first
+        return np.stack([first, second], axis=1)
 
     def _readable(self, index: int) -> tuple[int, Any]:
         for tried in range(len(self)):
@@ -129,6 +155,10 @@ class ImageDataset:
         raise UserError(f"{self.source.spec}: not one of its {len(self)} images can be read; check the files")
 
 
+def _stacked(pairs: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([index for index, _ in pairs]), np.stack([images for _, images in pairs])
+
+
 class _CropCache:
     """Crops that do not depend on the position, kept after their first use: small sets are decoded once."""
 
@@ -137,9 +167,9 @@ class _CropCache:
         self.images: np.ndarray | None = None
 
     def take(self, indices: np.ndarray, crop: Callable[[int], tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-        """(own indices [B], uint8 [B, H, W, 3])"""
+        """(own indices [B], uint8 [B, 1, H, W, 3])"""
         if self.images is None:
-            self.images = np.zeros((self.num, self.size, self.size, 3), dtype=np.uint8)
+            self.images = np.zeros((self.num, 1, self.size, self.size, 3), dtype=np.uint8)
             self.used = np.full(self.num, -1, dtype=np.int64)
         for index in np.unique(indices[self.used[indices] < 0]).tolist():
             self.used[index], self.images[index] = crop(index)

@@ -16,7 +16,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from genvision.data.array_files import open_array
 from genvision.data.code_storage import ArrayShard, StoredAs, StreamShard, code_dtype
 from genvision.data.datasets import BadImages, Batch
-from genvision.data.order import uniform_choice
+from genvision.data.order import uniform_choice, view_seed
 from genvision.errors import UserError
 from genvision.streams import IndexedStreams, Purpose
 
@@ -59,17 +59,26 @@ class EncodedDataset:
         expected_tokenizer_hash: refuse codes of any other tokenizer.
         seed: which view of an image is taken at a position, and which sample of its posterior, depends on this and the position alone.
         with_features: batches hold the features, if there are any; at 0.4 MB a sample it costs time to read what nobody uses.
+        views: of each image in a batch; 2 for a contrastive loss. The first is what one view would be, the second is another one.
 
     Attributes:
         has_posterior: batches hold samples, as the set knows the deviations of its latents.
         features: what is stored of features, or None.
 
     Raises:
-        UserError: it is not finished, is damaged, or was made by another tokenizer.
+        UserError: it is not finished, is damaged, was made by another tokenizer, or has no two views.
     """
 
-    def __init__(self, path: str | Path, expected_tokenizer_hash: str | None = None, *, seed: int = 0, with_features: bool = True) -> None:
-        self.path, self.seed, self.with_features = Path(path).expanduser(), seed, with_features
+    def __init__(
+        self,
+        path: str | Path,
+        expected_tokenizer_hash: str | None = None,
+        *,
+        seed: int = 0,
+        with_features: bool = True,
+        views: Literal[1, 2] = 1,
+    ) -> None:
+        self.path, self.seed, self.with_features, self.batch_views = Path(path).expanduser(), seed, with_features, views
         self.index = _read_index(self.path)
         made_by: str = self.index["tokenizer_hash"]
         if expected_tokenizer_hash is not None and made_by != expected_tokenizer_hash:
@@ -83,6 +92,7 @@ class EncodedDataset:
         self.num_views: int = self.index["views"]
         self.has_posterior: bool = self.index.get("posterior", False)  # sets that do not say so are older than the option
         self.features = stored_features(self.index)
+        self._check_views()
         self.label_names: list[str] = self.index["label_names"]
         self.bad_images: BadImages = {}
         in_use = self.index.get("codes_in_use")
@@ -117,25 +127,33 @@ class EncodedDataset:
         return self._read("codes", np.asarray(indices), np.asarray(views), self.code_shape)
 
     def get(self, position: int, index: int) -> Batch:
-        """One sample: `codes` [*code_shape], `labels` and `positions` int64 [], and `features` [T, Z] if there are any."""
+        """One sample, as `get_batch` gives it without B."""
         return {key: value[0] for key, value in self.get_batch(np.array([position]), np.array([index])).items()}
 
     def get_batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
-        """One view of each image.
+        """One view of each image, or two.
 
         Returns:
-            `codes` int64 (float32 of latents) [B, *code_shape], a sample where the set knows the posterior; `labels` and `positions`
-            int64 [B]; `features` float32 [B, T, Z] if there are any.
+            `codes` int64 (float32 of latents) [B, *code_shape], a sample where the set knows the posterior, or [B, 2, *code_shape];
+            `labels` and `positions` int64 [B]; `features` float32 [B, T, Z] if there are any.
         """
         indices = np.asarray(indices)
         views = uniform_choice(self.seed, positions, self.num_views)
-        batch = {"codes": self.codes(indices, views), "labels": torch.from_numpy(self.labels[indices])}
+        if self.batch_views == 2:
+            others = 1 + uniform_choice(view_seed(self.seed, 1), positions, self.num_views - 1)
+            both = np.stack([views, (views + others) % self.num_views], axis=1)
+            codes = self.codes(indices.repeat(2), both.flatten()).unflatten(0, both.shape)
+            return {"codes": codes} | self._places(positions, indices)
+        batch = {"codes": self.codes(indices, views)}
         if self.has_posterior:
             deviations = self._read("deviations", indices, views, self.code_shape)
             batch["codes"] += deviations * IndexedStreams(self.seed, positions).normal(Purpose.POSTERIOR, self.code_shape)
         if self.features is not None and self.with_features:
             batch["features"] = self._read("features", indices, views, self.features.shape)
-        return batch | {"positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
+        return batch | self._places(positions, indices)
+
+    def _places(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
+        return {"labels": torch.from_numpy(self.labels[indices]), "positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
 
     def num_bytes(self) -> int:
         """What is stored takes on disk, without the labels."""
@@ -160,6 +178,17 @@ class EncodedDataset:
             what = f"its codebook has codes 0 .. {limit - 1}" if self._in_use is None else f"{limit} codes are in use"  # type: ignore[operator]
             raise UserError(f"{path}: holds {wrong}, but {what}; restore it, or delete the folder and encode again")
         return stored if self._in_use is None else self._in_use[stored]
+
+    def _check_views(self) -> None:
+        if self.batch_views == 1:
+            return
+        if self.num_views < 2:
+            raise UserError(
+                f"data.views {self.batch_views}: {self.path} holds one view of each image; encode again with --flip or --crops ten"
+            )
+        if self.has_posterior or (self.features is not None and self.with_features):
+            what = "samples of a posterior" if self.has_posterior else "features"
+            raise UserError(f"data.views {self.batch_views}: {self.path} has {what}, which are for one view of each image; set it to 1")
 
     def _open(self) -> None:
         counts = np.array([shard["count"] for shard in self.index["shards"]], dtype=np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 from genvision.errors import UserError
 
 # every use of the seed has a stream of its own
-_ORDER, _AUGMENTATION, _CHOICE = 1, 2, 3
+_ORDER, _AUGMENTATION, _CHOICE, _VIEW = 1, 2, 3, 4
 
 
 def sample_positions(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
@@ -63,6 +63,11 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 def sample_rng(seed: int, position: int) -> np.random.Generator:
     """The random numbers that belong to one position, for its crop."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, position, _AUGMENTATION])))
+
+
+def view_seed(seed: int, view: int) -> int:
+    """What stands for the seed in the draws of one view of an image; the first view has the seed itself."""
+    return seed if view == 0 else int(np.random.SeedSequence([seed, view, _VIEW]).generate_state(1, np.uint64)[0])
 
 
 def uniform_choice(seed: int, positions: np.ndarray, num_choices: int) -> np.ndarray:

@@ -1,35 +1,53 @@
-"""Crops and flips, PIL in and PIL out: ADM's centre crop, LlamaGen's random crop and ten crops.
+"""Crops and flips, PIL in and PIL out: ADM's centre crop, LlamaGen's random crop and ten crops, and MAGE's resized crop.
 
-All of them resize as ADM does (github.com/openai/guided-diffusion, image_datasets.py): halve with a box filter while the
-shorter side is at least twice the target, then bicubic to the exact shorter side.
+All but the last resize as ADM does (github.com/openai/guided-diffusion, image_datasets.py): halve with a box filter while the
+shorter side is at least twice the target, then bicubic to the exact shorter side. A resized crop is resized at once.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
+from genvision.data.token_augment import random_box
 from genvision.errors import UserError
+
+Crop = Literal["center", "random", "resized"]
+"""ADM's centre crop; a random crop after a random enlargement; a random part of other size and proportions, resized."""
+MIN_AREA = 0.2
+"""Least part of the image's area in a resized crop: MAGE's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropConfig:
     """How an image becomes a training image."""
 
-    crop: Literal["center", "random"] = "center"
-    """ADM's centre crop, or a random crop after a random enlargement."""
+    crop: Crop = "center"
+    """See Crop."""
     flip: bool = True
     """Mirror half of the images."""
     enlarge_range: tuple[float, float] = (1.0, 1.25)
     """Of a random crop: the shorter side before it is between these multiples of the image size."""
+    min_area: float = MIN_AREA
+    """Of a resized crop: the least part of the image's area in it."""
 
     def __post_init__(self) -> None:
-        _check_choice("crop", self.crop, ("center", "random"))
+        _check_choice("crop", self.crop, get_args(Crop))
         low, high = self.enlarge_range
         if not 1 <= low <= high:
             raise UserError(f"enlarge_range must be two rising numbers of at least 1, got {self.enlarge_range}")
+        if not 0 < self.min_area <= 1:
+            raise UserError(f"min_area must be above 0 and at most 1, got {self.min_area}")
+
+    def apply(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+        """The crop of side `size`, not mirrored."""
+        if self.crop == "resized":
+            return resized_crop(image, size, rng, min_area=self.min_area)
+        if self.crop == "random":
+            return random_crop(image, size, rng, enlarge_range=self.enlarge_range)
+        return center_crop(image, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +99,17 @@ def random_crop(
     top = int(rng.integers(image.height - size + 1))
     left = int(rng.integers(image.width - size + 1))
     return _crop(image, left, top, size)
+
+
+def resized_crop(image: Image.Image, size: int, rng: np.random.Generator, *, min_area: float = MIN_AREA) -> Image.Image:
+    """A random part, resized to `size` x `size`, so that its proportions change (arXiv:1409.4842, section 6; torchvision's draws).
+
+    Args:
+        min_area: the part's area is uniform between this and 1 times the image's; its width over its height lies in 3/4 .. 4/3.
+            Where ten draws do not fit into the image, it is the largest such part in the middle.
+    """
+    top, left, height, width = random_box((image.height, image.width), rng, scale=(min_area, 1.0))
+    return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def ten_crop(image: Image.Image, size: int, enlarge: float = 1.1) -> list[Image.Image]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from genvision.errors import UserError
 from genvision.pipeline import INDEX, ImagePipeline, read_index, save_parts
 from genvision.presets import Preset, find_preset
 from genvision.samplers.base import SAMPLERS, Sampler
+from genvision.tokenizers.base import content_hash
 from genvision.training.state import write_atomically
 
 HUB = "hub:"
+IMPORTED = "imported"
+"""Key of model_index.json: to `generator` its preset, the tokenizers that it was trained with, and the hash of the one beside it; to
+`tokenizer` its preset and hash."""
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 DIFFUSERS_DIT = ("DiTTransformer2DModel", "Transformer2DModel")
 """Class names in the config.json of a DiT that diffusers wrote; the second is that of the files of 2022."""
@@ -30,6 +35,10 @@ SAMPLER_OF = {
     "sit": "FlowSampler",
     "lightningdit": "FlowSampler",
     "repa-sit": "FlowSampler",
+    "halton-maskgit": "MaskedSampler",
+    "mage": "MaskedSampler",
+    "maskgit-bert": "MaskedSampler",
+    "rar": "AutoregressiveSampler",
 }
 """Family of a generator to the class, of `genvision.samplers.base.SAMPLERS`, that draws with it."""
 
@@ -49,7 +58,8 @@ def import_checkpoint(name: str, file: Path | str, out: Path, *, weights: str | 
         The components that are still missing.
 
     Raises:
-        UserError: unknown preset; unreadable or unfitting file; the component is already there.
+        UserError: unknown preset; unreadable or unfitting file; the component is already there, or beside one that was trained with
+            other codes.
     """
     preset = find_preset(name)
     _check_free(out, preset.component)
@@ -57,21 +67,25 @@ def import_checkpoint(name: str, file: Path | str, out: Path, *, weights: str | 
         raise UserError(f"{out}: is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not (out / INDEX).is_file():
         raise UserError(f"{out}: already holds something that is no model; choose another --out")
+    fresh, index = not out.exists(), read_index(out) if (out / INDEX).is_file() else None
+    _check_pair(out, index, name, preset)
     parts = _read(preset, file, weights, download)
     for part in parts:
         _check_free(out, part)
     label_names = None
     if preset.component == "generator":
         parts["sampler"] = default_sampler(preset)
-        label_names = imagenet_label_names() if parts["generator"].num_classes == 1000 else None
-    fresh, index = not out.exists(), read_index(out) if (out / INDEX).is_file() else None
+        num_classes = parts["generator"].num_classes
+        label_names = imagenet_label_names() if num_classes == 1000 else [str(i) for i in range(num_classes)]
     try:
         save_parts(out, parts, label_names)
+        _record(out, name, preset, parts)
         missing = [part for part in ("tokenizer", "generator", "sampler") if not (out / part).is_dir()]
         if not missing:
             pipeline = ImagePipeline.from_pretrained(out)
             facts = {"imported": f"{name} from {Path(file).name}", "source": preset.source}
             write_card(out / "README.md", pipeline.generator, pipeline.tokenizer, pipeline.sampler, pipeline.label_names, facts)
+            _check_complete(out, pipeline, came_together={"generator", "tokenizer"} <= parts.keys())
     except BaseException:
         _undo(out, list(parts), fresh, index)
         raise
@@ -83,6 +97,62 @@ def default_sampler(preset: Preset) -> Sampler:
     class_name = SAMPLER_OF[preset.family]
     sampler: Sampler = getattr(import_module(SAMPLERS[class_name]), class_name)(**preset.sampler)
     return sampler
+
+
+def _check_pair(out: Path, index: dict[str, Any] | None, name: str, preset: Preset) -> None:
+    """Raises UserError where the folder's other component was imported under a name that does not go with this one.
+
+    Tokenizers of equal shapes differ in their codes, so that nothing else would show that a generator got the wrong one.
+    """
+    imported = _imported(out, index)
+    generator, tokenizer = imported["generator"].get("preset"), imported["tokenizer"].get("preset")
+    if preset.component == "generator":
+        generator, trained_with = name, preset.tokenizer
+    else:
+        tokenizer, trained_with = name, tuple(imported["generator"].get("tokenizers", ()))
+    if tokenizer is not None and trained_with and tokenizer not in trained_with:
+        raise UserError(
+            f"{out}: generator {generator} was trained on the codes of {' or '.join(trained_with)}, not on those of {tokenizer}, which "
+            f"mean other images; import {generator} and {trained_with[0]} into one folder"
+        )
+
+
+def _record(out: Path, name: str, preset: Preset, parts: dict[str, Any]) -> None:
+    """Enter into the index under which name each component was imported."""
+    imported = _imported(out, read_index(out))
+    if "generator" in parts:
+        imported["generator"] = {"preset": name, "tokenizers": list(preset.tokenizer)}
+    if "tokenizer" in parts:  # one that came along with a generator has no name of its own
+        named = {"preset": name} if preset.component == "tokenizer" else {}
+        imported["tokenizer"] = {**named, "hash": content_hash(parts["tokenizer"])}
+    _write_imported(out, imported)
+
+
+def _check_complete(out: Path, pipeline: ImagePipeline, came_together: bool) -> None:
+    """Enter the tokenizer's hash beside the generator, and say so where nothing tells that it is the one of the generator's training."""
+    imported, tokenizer_hash = _imported(out, read_index(out)), content_hash(pipeline.tokenizer)
+    generator, tokenizer = imported["generator"], imported["tokenizer"]
+    trained_with = generator.get("tokenizers", ())
+    if not came_together and not (tokenizer.get("preset") in trained_with and tokenizer.get("hash") == tokenizer_hash):
+        print(
+            f"warning: {out}: nothing shows that the tokenizer (hash {tokenizer_hash}) is the one that the generator (hash "
+            f"{content_hash(pipeline.generator)}) was trained with; that is {' or '.join(trained_with) or 'not known by name'}",
+            file=sys.stderr,
+        )
+    _write_imported(out, imported | {"generator": {**generator, "tokenizer_hash": tokenizer_hash}})
+
+
+def _imported(out: Path, index: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What the index says of the `generator` and the `tokenizer` that are there; nothing of what was not imported."""
+    entry = (index or {}).get(IMPORTED, {})
+    if not isinstance(entry, dict) or not all(isinstance(facts, dict) for facts in entry.values()):
+        raise UserError(f"{out / INDEX}: '{IMPORTED}' is damaged; delete that entry")
+    return {part: entry.get(part, {}) if (out / part).is_dir() else {} for part in ("generator", "tokenizer")}
+
+
+def _write_imported(out: Path, imported: dict[str, dict[str, Any]]) -> None:
+    entry = {part: facts for part, facts in imported.items() if facts}
+    write_atomically(out / INDEX, json.dumps(read_index(out) | {IMPORTED: entry}, indent=2) + "\n")
 
 
 def _check_free(out: Path, part: str) -> None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from genvision.config import model_class, save_config
+from genvision.config import flat_values, load_train_config, model_class, save_config
 from genvision.convert.readers import fill
 from genvision.data.datasets import BatchStream, bad_images_summary, batches
 from genvision.errors import UserError
@@ -132,9 +132,10 @@ def _check_tracker(name: str | None) -> None:
 
 
 def _check_same(saved: Path, config: TrainConfig) -> None:
-    from genvision.config import flat_values
-
     old, new = flat_values(yaml.safe_load(saved.read_text())), flat_values(config)
+    if younger := new.keys() - old.keys():  # options that the run did not know yet: it did what their defaults do
+        defaults = flat_values(load_train_config(["--config", str(saved)])[0])
+        old |= {key: defaults.get(key) for key in younger}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.split(".")[-1] not in FREE_TO_CHANGE:
             raise UserError(

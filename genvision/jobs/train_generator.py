@@ -45,7 +45,7 @@ class GeneratorJob:
             self.tokenizer = open_tokenizer(config.tokenizer, size)
             aligned = bool(config.model.get("align_depth"))
             self.dataset = EncodedDataset(
-                folder, expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed, with_features=aligned
+                folder, expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed, with_features=aligned, views=data.views
             )
             code_shape = tuple(self.dataset.code_shape)
             self.num_workers = data.num_workers if self.dataset.has_posterior else 0  # memory-mapped codes need no decoding
@@ -65,6 +65,7 @@ class GeneratorJob:
         self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
         build = BUILDERS[config.model["name"]]
         self.model, objective, self.sampler = build(config, self.tokenizer.spec, code_shape, num_classes)
+        _check_views(config)
         scale = self.sampler.config["guidance_scale"]
         if scale != 1 and not self.model.has_null_label:
             raise UserError(
@@ -296,9 +297,26 @@ def _check_posterior(config: TrainConfig, spec: TokenizerSpec, dataset: Any) -> 
         raise UserError(f"data.posterior {wanted}: {config.data.spec} holds what gives the posterior's {stored}; {mend}")
 
 
+def _check_views(config: TrainConfig) -> None:
+    """Two views are for the loss that compares them, which needs them."""
+    views, weight = config.data.views, config.loss.get("contrastive_weight")
+    if views == 2 and not weight:
+        raise UserError("data.views 2: only mage's contrastive loss compares views; set loss.contrastive_weight above 0, or views to 1")
+    if weight and views == 1:
+        raise UserError(f"loss.contrastive_weight {weight}: compares two views of each image; set data.views to 2, or the weight to 0")
+
+
 def image_dataset(config: TrainConfig, image_size: int) -> ImageDataset:
     """The images of a run, cropped and flipped as its configuration says."""
     data = config.data
+    source = open_source(data.spec)
     return ImageDataset(
-        open_source(data.spec), image_size, crop=data.crop, flip=data.flip, seed=config.seed, on_bad_image=data.on_bad_image
+        source,
+        image_size,
+        crop=data.crop,
+        flip=data.flip,
+        min_area=data.min_area,
+        seed=config.seed,
+        views=data.views,
+        on_bad_image=data.on_bad_image,
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from genvision.data.transforms import MIN_AREA, Crop
 from genvision.errors import UserError
 
 
@@ -14,10 +15,17 @@ class DataConfig:
     """Where it comes from: digits, folder:PATH, parquet:GLOB, npz:FILE, or encoded:DIR for a generator."""
     image_size: int | None = None
     """Side of the training images in pixels; an encoded data set has its own."""
-    crop: Literal["center", "random"] = "center"
-    """How images are brought to that size: ADM's centre crop, or a random crop after a resize by 1.0 to 1.25."""
+    crop: Crop = "center"
+    """How images are brought to that size: ADM's centre crop, a random crop after a resize by 1.0 to 1.25, or (resized) a random part with
+    sides between 3:4 and 4:3, resized."""
+    min_area: float = MIN_AREA
+    """For crop resized: the least part of an image's area in it. MAGE takes 0.2 for representations (strong); a larger one, 0.8 say, is
+    milder (weak) and better where images are only to be drawn."""
     flip: bool = True
     """Mirror half of the images; an encoded data set has its flips inside."""
+    views: Literal[1, 2] = 1
+    """Of each image in a batch: 2 for the contrastive loss of mage, with a crop and flip of its own each, or two different views of an
+    encoded data set."""
     num_workers: int = 2
     """Processes that decode images; 0 decodes in the training process."""
     on_bad_image: Literal["stop", "skip"] = "stop"
@@ -38,6 +46,15 @@ class DataConfig:
             raise UserError(f"data.num_workers must be at least 0, got {self.num_workers}")
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"data.image_size must be at least 1, got {self.image_size}")
+        if not 0 < self.min_area <= 1:
+            raise UserError(f"data.min_area must be above 0 and at most 1, got {self.min_area}")
+        if self.min_area != MIN_AREA and self.crop != "resized":
+            raise UserError(
+                f"data.min_area {self.min_area}: is for crop resized, but data.crop is {self.crop}; change it, or leave min_area out"
+            )
+        if self.views == 2 and (self.posterior == "sample" or self.features is not None):
+            option = "data.posterior sample" if self.posterior == "sample" else f"data.features {self.features}"
+            raise UserError(f"data.views 2: two views are for the contrastive loss of mage, {option} is for dit; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +166,5 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must lie in 0 .. 2^63 - 1, got {self.seed}")
+        if self.stage == "tokenizer" and self.data.views != 1:
+            raise UserError(f"data.views {self.data.views}: is for the contrastive loss of a generator; leave it at 1 for a tokenizer")

@@ -55,6 +55,10 @@ class GeneratorStage:
         return self.objective(model, batch)
 
     def _codes(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Of images [B, 3, H, W], or of views [B, V, 3, H, W]: [B, V, ...]."""
+        if images.ndim == 5:
+            views: Tensor = self.tokenizer.encode(images.flatten(0, 1))  # type: ignore[operator]
+            return views.unflatten(0, images.shape[:2])
         if not self.sample_posterior:
             codes: Tensor = self.tokenizer.encode(images)  # type: ignore[operator]
             return codes

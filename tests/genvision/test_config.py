@@ -160,6 +160,8 @@ class TestMistakesInTheFile:
             (changed("optim", betas=[0.9, 1.0]), "optim.betas"),
             (changed("optim", max_grad_norm=0.0), "optim.max_grad_norm"),
             (changed("data", num_workers=-1), "data.num_workers"),
+            (changed("data", crop="resized", min_area=0.0), "data.min_area"),
+            (changed("data", min_area=0.5), "data.min_area"),  # of a centre crop
             (BASE | {"seed": -1}, "seed"),
         ],
     )

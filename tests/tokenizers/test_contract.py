@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from genvision.data.encoded import EncodedDataset
 from genvision.data.encoding import encode_dataset
@@ -126,6 +127,16 @@ def test_weights_that_are_not_finite_are_refused(name, tmp_path):
         next(iter(model.state_dict().values())).view(-1)[0] = float("inf")
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="1 tensors of the tokenizer hold NaN or infinity"):
+        load_tokenizer(tmp_path)
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    model = make("vitok")
+    model.save_pretrained(tmp_path)
+    first, *others = model.state_dict()
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({name: model.state_dict()[name] for name in others}, file)
+    with pytest.raises(UserError, match=f"1 tensors of the tokenizer are missing, {first} first"):
         load_tokenizer(tmp_path)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genvision.convert import load_official
+from genvision.convert.readers import read_state_dict
 from genvision.errors import UserError
 from genvision.layers.nested import TokenCache
 from parity_fixtures import Fixture, manifest
@@ -103,6 +104,11 @@ class TestFiles:
         assert load_official("maskgit-bert", fixture.state, config).config.block == block
         with pytest.raises(UserError, match="class 'RAR' is unknown; choose ImageBert or UViTBert"):
             load_official("maskgit-bert", fixture.state, config | {"class": "RAR"})
+
+    def test_haltons_container_is_read(self, tmp_path):
+        fixture = Fixture("halton_maskgit")
+        torch.save({"model_state_dict": fixture.state, "iter": 7}, tmp_path / "halton.pth")
+        load_official("halton-maskgit", read_state_dict(tmp_path / "halton.pth"), fixture.config)
 
     def test_names_of_parallel_training_are_read(self):
         for name in ("maskgit_bert", "halton_maskgit"):

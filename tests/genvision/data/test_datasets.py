@@ -23,6 +23,7 @@ from genvision.data.order import sample_indices, sample_positions
 from genvision.data.sources import BadImageError, open_source
 from genvision.data.transforms import ViewConfig, center_crop
 from genvision.errors import UserError
+from genvision.images import from_uint8
 
 NUM = 10
 
@@ -40,6 +41,10 @@ def source(tmp_path):
 def damage(source, index):
     path = Path(source.name(index))
     path.write_bytes(path.read_bytes()[:80])
+
+
+CROPS = {"random": {"crop": "random", "enlarge_range": (1.0, 3.0)}, "resized": {"crop": "resized"}}
+"""Crops of which two are the same only by chance."""
 
 
 def random_crops(source, **options):
@@ -116,10 +121,20 @@ def test_flips_are_of_half_the_images_and_belong_to_the_position(source):
     assert torch.equal(plain.plain(0), a[0])
 
 
-def test_random_crops_change_from_epoch_to_epoch_and_with_the_seed(source):
-    data, other = (ImageDataset(source, 8, crop="random", seed=seed, enlarge_range=(1.0, 3.0)) for seed in (5, 6))
+@pytest.mark.parametrize("crop", CROPS)
+def test_random_crops_change_from_epoch_to_epoch_and_with_the_seed(source, crop):
+    data, other = (ImageDataset(source, 8, seed=seed, **CROPS[crop]) for seed in (5, 6))
     views = torch.stack([data.get(position, 3)["images"] for position in range(5)] + [other.get(0, 3)["images"]])
     assert len(views.flatten(1).unique(dim=0)) == 6
+    assert torch.equal(data.get_batch(np.array([9, 3]), np.array([1, 3]))["images"][1], views[3])
+
+
+def test_a_resized_crop_of_the_whole_area_is_the_resized_image(source):
+    images = ImageDataset(source, 8, crop="resized", min_area=1.0, flip=False).get_batch(np.arange(3), np.arange(3))["images"]
+    whole = [np.asarray(source.load(i).resize((8, 8), Image.Resampling.BICUBIC)) for i in range(3)]
+    assert torch.equal(images, from_uint8(np.stack(whole)))
+    parts = ImageDataset(source, 8, crop="resized", flip=False).get_batch(np.arange(3), np.arange(3))["images"]
+    assert (parts != images).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -172,7 +187,7 @@ def test_wrong_batch_sizes_are_refused_at_once(source):
 
 
 def test_datasets_travel_to_other_processes(source):
-    for crop in ("center", "random"):
+    for crop in ("center", "random", "resized"):
         data = ImageDataset(source, 8, crop=crop, seed=5)
         positions = sample_positions(0, 4)
         before = data.get_batch(positions, positions)
@@ -186,6 +201,50 @@ def test_digits_stream_from_memory():
     assert not torch.equal(first["images"], second["images"])
     again = data.get_batch(first["positions"].numpy(), sample_indices(0, first["positions"].numpy(), 1797))
     assert_same([again], [first])
+
+
+class TestTwoViews:
+    @pytest.mark.parametrize("crop", CROPS)
+    def test_the_first_is_what_one_view_is_and_the_second_has_a_crop_of_its_own(self, source, crop):
+        one, two, other = (ImageDataset(source, 8, seed=seed, views=views, **CROPS[crop]) for seed, views in ((5, 1), (5, 2), (6, 2)))
+        positions = np.arange(20)
+        single, pairs = (data.get_batch(positions, positions % NUM) for data in (one, two))
+        assert pairs["images"].shape == (20, 2, 3, 8, 8)
+        assert_same([pairs | {"images": pairs["images"][:, 0]}], [single])
+        again = other.get_batch(positions, positions % NUM)["images"]
+        third = two.get_batch(positions + 20, positions % NUM)["images"]
+        views = torch.cat([pairs["images"], again, third]).flatten(0, 1)
+        assert len(views.flatten(1).unique(dim=0)) > 115  # of 120, some two of which may meet by chance
+
+    @pytest.mark.parametrize("crop", CROPS)
+    def test_each_has_a_flip_of_its_own(self, source, crop):
+        positions, indices = np.arange(400), np.arange(400) % NUM
+        plain, mirrored = (
+            ImageDataset(source, 8, flip=flip, seed=2, views=2, **CROPS[crop]).get_batch(positions, indices)["images"]
+            for flip in (False, True)
+        )
+        is_flipped = (plain != mirrored).flatten(2).any(2)
+        assert torch.equal(mirrored[is_flipped], plain[is_flipped].flip(-1))
+        for first, second in itertools.product((False, True), repeat=2):
+            assert 65 < (is_flipped == torch.tensor([first, second])).all(1).sum() < 135  # of 100 expected
+
+    @pytest.mark.parametrize("is_cached", [True, False])
+    def test_of_a_centre_crop_the_second_is_the_mirror_image(self, source, is_cached, monkeypatch):
+        monkeypatch.setattr("genvision.data.datasets.MAX_CACHE_BYTES", 1 << 20 if is_cached else 0)
+        one, two = (ImageDataset(source, 8, seed=2, views=views).get_batch(np.arange(30), np.arange(30) % NUM) for views in (1, 2))
+        assert_same([two | {"images": two["images"][:, 0]}], [one])
+        assert torch.equal(two["images"][:, 1], two["images"][:, 0].flip(-1))
+        with pytest.raises(UserError, match=r"data\.views 2: .* set data\.crop to random, or data\.flip to true"):
+            ImageDataset(source, 8, flip=False, views=2)
+
+    @pytest.mark.parametrize("crop", ["center", "random", "resized"])
+    def test_starts_workers_and_processes_change_nothing(self, source, crop):
+        data = ImageDataset(source, 8, crop=crop, seed=5, views=2)
+        whole = take(batches(data, seed=1, batch_size=6), 5)
+        assert_same(take(batches(data, seed=1, batch_size=6, start_step=3, num_workers=1), 2), whole[3:])
+        parts = [take(batches(data, seed=1, batch_size=6, rank=rank, world_size=2), 5) for rank in range(2)]
+        assert_same([{key: torch.cat([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)], whole)
+        assert torch.equal(data.get(7, sample_indices(1, np.array([7]), NUM)[0])["images"], whole[1]["images"][1])
 
 
 class TestOrdered:

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from encoding_examples import NUM, SIZE, LinearTokenizer, ListTokenizer, encode, open_images
+from encoding_examples import NUM, SIZE, LinearTokenizer, ListTokenizer, MeanTokenizer, encode, open_images
 
 from genvision.data.datasets import batches
 from genvision.data.encoded import EncodedDataset
@@ -111,6 +111,42 @@ class TestReading:
         damaged.views(5)
         with pytest.raises(UserError, match=r"codes-00001\.npy: holds 99, but its codebook has codes 0 \.\. 63"):
             damaged.views(6)
+
+
+class TestTwoViews:
+    def test_two_different_ones_of_each_image_and_the_first_is_what_one_view_is(self, source, tmp_path):
+        encode(source, tmp_path / "out", MeanTokenizer(4096), crops="ten", enlarge=2)
+        one, two = (EncodedDataset(tmp_path / "out", seed=3, views=views) for views in (1, 2))
+        positions, indices = np.arange(2000), np.full(2000, 7)
+        stored = two.views(7)
+        assert len(stored.flatten(1).unique(dim=0)) == 10  # so that codes tell which view they are
+        batch, single = (data.get_batch(positions, indices) for data in (two, one))
+        assert batch["codes"].shape == (2000, 2, 2, 2) and torch.equal(batch["codes"][:, 0], single["codes"])
+        assert all(torch.equal(batch[key], single[key]) for key in ("labels", "positions"))
+        views = (batch["codes"][:, :, None] == stored).flatten(3).all(3).int().argmax(2)
+        counts = torch.zeros(10, 10).index_put_((views[:, 0], views[:, 1]), torch.ones(2000), accumulate=True)
+        assert counts.diagonal().sum() == 0
+        pairs = counts[~torch.eye(10, dtype=torch.bool)]
+        assert ((pairs - 2000 / 90).square() / (2000 / 90)).sum() < 141  # chi-square with 89 degrees of freedom: 1 in 3000
+
+    def test_they_belong_to_the_position(self, source, tmp_path):
+        encode(source, tmp_path / "out", flip=True)
+        data = EncodedDataset(tmp_path / "out", seed=3, views=2)
+        whole = list(batches(data, seed=1, batch_size=6, end_step=6))
+        late = list(batches(data, seed=1, batch_size=6, start_step=4, end_step=6, num_workers=1))
+        ranks = [list(batches(data, seed=1, batch_size=6, end_step=6, rank=rank, world_size=2)) for rank in range(2)]
+        for key in whole[0]:
+            assert all(torch.equal(one[key], other[key]) for one, other in zip(late, whole[4:], strict=True))
+            for first, second, both in zip(*ranks, whole, strict=True):
+                assert torch.equal(torch.cat([first[key], second[key]]), both[key])
+        codes = data.get(5, 7)["codes"]
+        assert torch.equal(codes.flatten(1).sort(0).values, data.views(7).flatten(1).sort(0).values)  # both, in some order
+
+    def test_a_set_with_one_view_has_no_two(self, source, tmp_path):
+        encode(source, tmp_path / "out", flip=False)
+        with pytest.raises(UserError, match=r"data\.views 2: .*/out holds one view .*; encode again with --flip or --crops ten") as caught:
+            EncodedDataset(tmp_path / "out", views=2)
+        assert "\n" not in str(caught.value)
 
 
 class TestReadingSmallForms:

@@ -203,6 +203,16 @@ class TestFeatures:
             encode(source, tmp_path / "out", MeanTokenizer(None), features=loud)
 
 
+def test_what_lies_beside_codes_is_for_one_view_of_each_image(source, tmp_path, tokenizer, network):
+    for options, what in (({"posterior": True}, "samples of a posterior"), ({"features": network}, "features")):
+        encode(source, tmp_path / what, tokenizer, **options)
+        with pytest.raises(UserError, match=rf"data\.views 2: .* has {what}, which are for one view of each image; set it to 1") as caught:
+            EncodedDataset(tmp_path / what, views=2)
+        assert "\n" not in str(caught.value)
+    without = EncodedDataset(tmp_path / "features", views=2, with_features=False)
+    assert without.get(0, 0)["codes"].shape == (2, 2, 4, 4)
+
+
 class TestInterruption:
     def test_a_second_run_goes_on_after_the_finished_shards(self, source, tmp_path, tokenizer, network):
         options = {"posterior": True, "features": network}

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genvision.data.order import epoch_order, sample_index, sample_indices, sample_positions, sample_rng, uniform_choice
+from genvision.data.order import epoch_order, sample_index, sample_indices, sample_positions, sample_rng, uniform_choice, view_seed
 from genvision.errors import UserError
 
 EXPECTED_ORDER = [4, 7, 6, 1, 2, 0, 5, 3]
+EXPECTED_VIEW_SEED = 15482575200724226366
 EXPECTED_CHOICE = [3, 2, 5, 8, 4, 4, 7, 7]
 
 
@@ -42,6 +43,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_the_order_never_changes_between_versions():
     assert epoch_order(0, 0, 8).tolist() == EXPECTED_ORDER
     assert uniform_choice(0, np.arange(8), 10).tolist() == EXPECTED_CHOICE
+    assert view_seed(0, 1) == EXPECTED_VIEW_SEED
 
 
 def test_a_cached_order_cannot_be_changed():
@@ -70,3 +72,8 @@ def test_positions_have_random_numbers_of_their_own():
     draws = {sample_rng(seed, position).integers(2**60) for seed in range(3) for position in range(3)}
     assert len(draws) == 9
     assert sample_rng(1, 2).integers(2**60) == sample_rng(1, 2).integers(2**60)
+
+
+def test_the_first_view_has_the_seed_itself_and_the_others_seeds_of_their_own():
+    seeds = [view_seed(seed, view) for seed in range(3) for view in range(3)]
+    assert seeds[::3] == [0, 1, 2] and len(set(seeds)) == 9

@@ -14,7 +14,7 @@ import torch
 from genvision.data.sources import open_source
 from genvision.errors import UserError
 from genvision.eval.finetune_config import FinetuneConfig
-from genvision.eval.finetune_data import ResizedCrops, mixer, random_box
+from genvision.eval.finetune_data import mixer, open_training_images
 from genvision.eval.finetuning import FinetuneResult, finetune, parameter_groups
 from genvision.eval.result import validate
 from genvision.eval.sets import ArraySource
@@ -188,23 +188,12 @@ class TestData:
         same, shares = mixer(0.0, 0.0, 8)(images, labels)
         assert torch.equal(same, images) and torch.equal(shares, torch.eye(8))
 
-    def test_random_parts_lie_within_the_image_and_hold_a_fifth_of_it_or_more(self):
-        rng = np.random.default_rng(0)
-        areas = []
-        for _ in range(300):
-            left, top, right, bottom = random_box(60, 40, rng)
-            assert 0 <= left < right <= 60 and 0 <= top < bottom <= 40
-            areas.append((right - left) * (bottom - top) / 2400)
-            assert 0.7 < (right - left) / (bottom - top) < 1.45
-        assert 0.18 < min(areas) < 0.3 and max(areas) > 0.8
-        assert random_box(1000, 2, rng) == (499, 0, 501, 2)
-
     def test_parts_belong_to_positions(self):
-        crops = ResizedCrops(few("digits:first", 4), 8, flip=False, seed=0)
+        crops = open_training_images(few("digits:first", 4), 8, crop="resized", flip=False, seed=0)
         together = crops.get_batch(np.array([0, 9]), np.array([1, 1]))["images"]
         assert together.shape == (2, 3, 8, 8) and not torch.equal(together[0], together[1])
         assert torch.equal(crops.get_batch(np.array([9]), np.array([1]))["images"][0], together[1])
-        mirrored = ResizedCrops(few("digits:first", 4), 8, flip=True, seed=0)
+        mirrored = open_training_images(few("digits:first", 4), 8, crop="resized", flip=True, seed=0)
         both = [part.get_batch(np.arange(20), np.arange(20) % 4)["images"] for part in (crops, mirrored)]
         turned = [bool(torch.equal(one.flip(-1), other)) for one, other in zip(*both, strict=True)]
         assert 4 < sum(turned) < 16 and all(torch.equal(both[0][i], both[1][i]) for i in range(20) if not turned[i])

@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
+from training_examples import Runs, assert_equal_weights, largest_difference, weights
 
 from genvision.cli import main
 from genvision.errors import UserError
@@ -37,30 +35,6 @@ SCALED = FLOW | {
     "model": FLOW["model"] | {"scale_conditioned": True},
     "loss": {"guidance": {"scale": 1.2, "scale_max": 2.0, "start_step": 0, "guided_rate": 0.5}},
 }
-
-
-class Runs:
-    """Trains in this process, in folders below one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def words(self, name: str, config: dict, *more: object) -> list[str]:
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return ["train", "--config", str(path), "--output_dir", str(self.folder / name), *map(str, more)]
-
-    def __call__(self, name: str, config: dict, *more: object) -> Path:
-        main(self.words(name, config, *more))
-        return self.folder / name
-
-    def refused(self, config: dict, *more: object) -> str:
-        """The one line of a run that must fail and leave nothing."""
-        with pytest.raises(UserError) as error:
-            main(["--debug", *self.words("refused", config, *more)])
-        assert not (self.folder / "refused").exists()
-        assert "\n" not in str(error.value)
-        return str(error.value)
 
 
 @pytest.fixture
@@ -101,26 +75,6 @@ def latents(kl, photos, tmp_path_factory) -> Path:
 def on(spec: Path | str, tokenizer: Path | str, **data: object) -> dict:
     """What is trained on, to be put over a configuration."""
     return {"tokenizer": str(tokenizer), "data": {"spec": str(spec), "num_workers": 0, **data}}
-
-
-def weights(run: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
-    """Of the last checkpoint."""
-    return load_file(max((run / "checkpoints").iterdir()) / name)
-
-
-def assert_equal_weights(one: Path, other: Path, atol: float = 1e-5) -> None:
-    left, right = weights(one), weights(other)
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        difference = (tensor - right[name]).abs()
-        if name.endswith("qkv.bias"):  # attention does not depend on the bias of its keys, so that gradient is rounding alone
-            difference[len(difference) // 3 : 2 * len(difference) // 3] = 0
-        assert difference.max() <= atol, (name, difference.max())
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    left, right = weights(one), weights(other)
-    return max(float((tensor - right[name]).abs().max()) for name, tensor in left.items())
 
 
 SPLITS = {"flow": FLOW, "diffusion": DIFFUSION, "guided": GUIDED, "guided diffusion": GUIDED_DIFFUSION, "scale-conditioned": SCALED}

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from genvision.cli import main
+from genvision.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 40
@@ -145,6 +147,43 @@ def test_three_kills_at_random_moments_change_no_bit(tokenizer_run, tmp_path):
     assert_same_run(whole, output)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     assert [yaml.safe_load(line)["step"] for line in lines] == list(range(5, STEPS + 1, 5))
+
+
+def test_a_run_from_before_an_option_existed_goes_on_if_it_has_its_default(tokenizer_run, tmp_path):
+    config, whole = tokenizer_run
+    output = shutil.copytree(whole, tmp_path / "old")
+    shutil.rmtree(output / f"checkpoints/step_{STEPS:08d}")
+    saved = yaml.safe_load((output / "config.yaml").read_text())
+    for section, key in (
+        ("data", "views"),
+        ("data", "min_area"),
+        ("train", "ema_warmup"),
+        ("loss", "adversarial"),
+        ("model", "patch_size"),
+    ):
+        del saved[section][key]
+    (output / "config.yaml").write_text(yaml.safe_dump(saved))
+    words = ["train", "--debug", "--config", str(config), "--output_dir", str(output), "--resume"]
+    with pytest.raises(UserError, match=r"config\.yaml: the run was started with train\.ema_warmup True, now it is False; give the old"):
+        main([*words, "--train.ema_warmup", "false"])
+    with pytest.raises(UserError, match=r"started with loss\.adversarial\.weight 0\.5, now it is 0\.1; give"):
+        main([*words, "--loss.adversarial.weight", "0.1"])
+    main(words)
+    assert_same_run(whole, output)
+    assert yaml.safe_load((output / "config.yaml").read_text())["data"]["views"] == 1
+
+
+def test_resized_crops_go_on_bit_for_bit_and_how_small_they_are_matters(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(TOKENIZER | {"data": TOKENIZER["data"] | {"crop": "resized", "min_area": 0.5}}))
+    words = ["train", "--config", str(config), "--output_dir"]
+    main([*words, str(tmp_path / "whole")])
+    main([*words, str(tmp_path / "stopped"), "--train.num_steps", "7"])
+    main([*words, str(tmp_path / "stopped"), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    main([*words, str(tmp_path / "other"), "--data.min_area", "0.9"])
+    one, other = (load_file(tmp_path / name / f"checkpoints/step_{STEPS:08d}/model.safetensors") for name in ("whole", "other"))
+    assert not all(one[key].equal(other[key]) for key in one)
 
 
 def test_an_adversarial_run_goes_on_bit_for_bit(tmp_path):
