@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from genvision.data.transforms import Crop
 from genvision.errors import UserError
-from genvision.eval.finetune_data import Crop
 from genvision.eval.probe_mage import cosine_with_warmup
 
 

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from genvision.data.datasets import batches, ordered_batches
+from genvision.data.datasets import ImageDataset, batches, ordered_batches
 from genvision.data.sources import ImageSource
 from genvision.errors import UserError
 from genvision.eval.accuracy import INTERVAL_METHOD, match_classes, wilson_interval
 from genvision.eval.features import exact_float32
 from genvision.eval.finetune_config import FinetuneConfig
-from genvision.eval.finetune_data import mixer, open_training_images
 from genvision.eval.job import software_versions
+from genvision.eval.mixing import mixer
 from genvision.eval.trunk_classifier import TrunkClassifier
 from genvision.images import from_uint8
 from genvision.layers.drop_path import stochastic_depth
@@ -199,7 +199,7 @@ class _Tuning:
     def run(self, train: ImageSource, translation: np.ndarray, test: ImageSource) -> tuple[list[dict[str, Any]], int]:
         """The curve, and how many test images the last weights get right."""
         config, network = self.config, self.classifier
-        dataset = open_training_images(train, self.image_size, crop=config.crop, flip=config.flip, seed=config.seed)
+        dataset = ImageDataset(train, self.image_size, crop=config.crop, flip=config.flip, seed=config.seed)
         dataset.labels = translation[train.labels]
         epoch_steps = self.steps_per_epoch(len(train))
         num_steps = config.epochs * epoch_steps

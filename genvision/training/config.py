@@ -49,9 +49,7 @@ class DataConfig:
         if not 0 < self.min_area <= 1:
             raise UserError(f"data.min_area must be above 0 and at most 1, got {self.min_area}")
         if self.min_area != MIN_AREA and self.crop != "resized":
-            raise UserError(
-                f"data.min_area {self.min_area}: is for crop resized, but data.crop is {self.crop}; change it, or leave min_area out"
-            )
+            raise UserError(f"data.min_area {self.min_area}: is for data.crop resized, not {self.crop}; set that, or leave min_area out")
         if self.views == 2 and (self.posterior == "sample" or self.features is not None):
             option = "data.posterior sample" if self.posterior == "sample" else f"data.features {self.features}"
             raise UserError(f"data.views 2: two views are for the contrastive loss of mage, {option} is for dit; leave one of them out")

@@ -98,7 +98,7 @@ class TestRecordedDecodings:
         assert torch.equal(codes.flatten(1), fixture.outputs["final_ids"])
 
     def test_halton_maskgit(self):
-        """Its sampler draws the unknown token, too, and clamps it at the end; no trained model says it, and ours offers it if asked only."""
+        """Its sampler draws the unknown token, too, and clamps it at the end; ours offers it only if asked."""
         fixture = Fixture("halton_maskgit")
         watched = Watched(load_official("halton-maskgit", fixture.state, fixture.config))
         watched.generator.forward = partial(watched.generator.forward, whole_vocabulary=True)

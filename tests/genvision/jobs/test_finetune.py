@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from genvision.data.datasets import ImageDataset
 from genvision.data.sources import open_source
 from genvision.errors import UserError
 from genvision.eval.finetune_config import FinetuneConfig
-from genvision.eval.finetune_data import mixer, open_training_images
 from genvision.eval.finetuning import FinetuneResult, finetune, parameter_groups
+from genvision.eval.mixing import mixer
 from genvision.eval.result import validate
 from genvision.eval.sets import ArraySource
 from genvision.eval.trunk_classifier import TrunkClassifier
@@ -189,11 +190,11 @@ class TestData:
         assert torch.equal(same, images) and torch.equal(shares, torch.eye(8))
 
     def test_parts_belong_to_positions(self):
-        crops = open_training_images(few("digits:first", 4), 8, crop="resized", flip=False, seed=0)
+        crops = ImageDataset(few("digits:first", 4), 8, crop="resized", flip=False, seed=0)
         together = crops.get_batch(np.array([0, 9]), np.array([1, 1]))["images"]
         assert together.shape == (2, 3, 8, 8) and not torch.equal(together[0], together[1])
         assert torch.equal(crops.get_batch(np.array([9]), np.array([1]))["images"][0], together[1])
-        mirrored = open_training_images(few("digits:first", 4), 8, crop="resized", flip=True, seed=0)
+        mirrored = ImageDataset(few("digits:first", 4), 8, crop="resized", flip=True, seed=0)
         both = [part.get_batch(np.arange(20), np.arange(20) % 4)["images"] for part in (crops, mirrored)]
         turned = [bool(torch.equal(one.flip(-1), other)) for one, other in zip(*both, strict=True)]
         assert 4 < sum(turned) < 16 and all(torch.equal(both[0][i], both[1][i]) for i in range(20) if not turned[i])

@@ -1,4 +1,4 @@
-"""What a classifier is fine-tuned on: random parts of images, and mixtures of two images with mixed labels.
+"""What a classifier is fine-tuned on: mixtures of two images with mixed labels.
 
 Shapes: B images, K classes.
 """
@@ -9,15 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from genvision.data.datasets import ImageDataset
-from genvision.data.sources import ImageSource
-from genvision.data.transforms import Crop
-
-
-def open_training_images(source: ImageSource, image_size: int, *, crop: Crop, flip: bool, seed: int) -> ImageDataset:
-    """Images for training, those of every other training in this package."""
-    return ImageDataset(source, image_size, crop=crop, flip=flip, seed=seed)
 
 
 def mixer(mixup: float, cutmix: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
