@@ -28,17 +28,20 @@ def write_card(path: Path, generator: Any, tokenizer: Any, sampler: Any, label_n
     codes = f"{spec.codebook_size} codes" if spec.discrete else f"latents of {spec.channels} channels"
     rows = "\n".join(f"| {name.replace('_', ' ')} | `{_short(value)}` |" for name, value in facts.items())
     classes = ", ".join(label_names[:12]) + (", ..." if len(label_names) > 12 else "")
+    what = f"A class-conditional image generator for {len(label_names)} classes ({classes})."
+    if generator.is_unconditional:
+        what = "An unconditional image generator: labels make no difference."
     path.write_text(f"""---
 library_name: genvision
 pipeline_tag: unconditional-image-generation
 tags:
-- class-conditional-image-generation
+- {"un" if generator.is_unconditional else "class-"}conditional-image-generation
 - {type(generator).__name__.lower()}
 ---
 
 # {type(generator).__name__}, {generator.num_parameters_million:.1f}M parameters, {size} x {size} pixels
 
-A class-conditional image generator for {len(label_names)} classes ({classes}).
+{what}
 Tokenizer: {type(tokenizer).__name__}, {codes}, {places}.
 
 ```python

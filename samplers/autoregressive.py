@@ -58,6 +58,10 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
             raise UserError("a guide is for samplers of latents; tokens are guided by the null class, so leave it out")
         if "codebook_size" not in generator.config:
             raise UserError(f"AutoregressiveSampler draws tokens, and {type(generator).__name__} predicts latents; use another sampler")
+        if not generator.is_causal:
+            raise UserError(
+                f"AutoregressiveSampler draws tokens one after another, and {type(generator).__name__} masked ones; use another"
+            )
         if any(scale != 1 for scale in self.guidance.scales(generator.num_tokens)) and not generator.has_null_label:
             raise UserError("this model was trained without class_dropout, so it has no null class to guide with; set guidance to 1")
 

@@ -84,7 +84,7 @@ class MaskedSampler(Sampler, SchedulerMixin):
         choice_temperature: of the noise on confidences, falling linearly to 0 at the last step.
         confidence: `probability` is log p of the drawn token, drawn at temperature 1 (MaskGIT, MAGE); `logit` is its logit, and tokens are
             drawn at the temperature of the choice, so the last ones are the most likely (TiTok's generators).
-        temperature: divides the logits of the draw; 0 takes the most likely token.
+        temperature: divides the logits of the draw; 0 takes the most likely token, in every step.
         final_temperature: where it comes to at the last step, its inverse linearly; `temperature` unless told.
         warmup_steps: so many first steps are drawn at twice the temperature.
         softmax_annealing: logits are divided by 0.5 + 0.8 (1 - progress) before all else.
@@ -122,7 +122,7 @@ class MaskedSampler(Sampler, SchedulerMixin):
         guidance_power: float = 1.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
-        nesting: str = "1",
+        nesting: str | int = "1",
         use_cache: bool = False,
         refresh_every: int = 0,
         shift_order: bool = False,
@@ -143,11 +143,11 @@ class MaskedSampler(Sampler, SchedulerMixin):
         for name, number in (numbers | {"top_k": top_k, "warmup_steps": warmup_steps, "refresh_every": refresh_every}).items():
             if not number >= 0:
                 raise UserError(f"{name} {number} is not allowed; give 0 or more")
-        if final_temperature is not None and not min(temperature, final_temperature) > 0:
-            raise UserError("temperature and final_temperature must both be above 0 where they differ; leave final_temperature out for one")
+        if final_temperature == 0 < temperature:
+            raise UserError("final_temperature must be above 0; temperature 0 takes the most likely token in every step")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p {top_p} is not allowed; give a probability in (0, 1], 1 is off")
-        self.nestings = parse_nesting(nesting, num_steps)
+        self.nestings = parse_nesting(str(nesting), num_steps)
 
     def check(self, generator: Any, guide: Any = None) -> None:
         if guide is not None:
@@ -156,7 +156,7 @@ class MaskedSampler(Sampler, SchedulerMixin):
             raise UserError(f"MaskedSampler needs a model of masked tokens, and {type(generator).__name__} is none; use another sampler")
         if self.config.num_steps > generator.num_tokens:
             raise UserError(
-                f"num_steps {self.config.num_steps} is more than the {generator.num_tokens} tokens of an image; a step draws one at least"
+                f"num_steps {self.config.num_steps} is more than the {generator.num_tokens} tokens of an image; give at most as many"
             )
         for nesting in set(self.nestings):
             generator.check_nesting(nesting)
@@ -180,7 +180,7 @@ class MaskedSampler(Sampler, SchedulerMixin):
         steps: list[Step] = []
         num_masked, since_full = unknown, 0
         for i in range(num_steps):
-            nesting = self.nestings[i * self.config.num_steps // num_steps]
+            nesting = self.nestings[-(-(i + 1) * self.config.num_steps // num_steps) - 1]  # the last step has the last of them
             is_full = not self.config.use_cache or i == 0 or since_full + 1 == self.config.refresh_every
             if not is_full:
                 last = steps[-1]
@@ -266,7 +266,7 @@ class MaskedSampler(Sampler, SchedulerMixin):
             logits = logits / (0.5 + 0.8 * left)
         noise_scale = config.choice_temperature * left
         temperature = self._temperature(i, step)
-        if config.confidence == "logit":
+        if config.confidence == "logit" and config.order == "confidence":
             temperature = temperature * noise_scale
         if temperature == 0:
             ids = logits.argmax(-1)
@@ -282,7 +282,7 @@ class MaskedSampler(Sampler, SchedulerMixin):
     def _temperature(self, i: int, step: Step) -> float:
         config = self.config
         temperature: float = config.temperature
-        if config.final_temperature is not None and config.num_steps > 1:
+        if config.final_temperature is not None and config.num_steps > 1 and temperature > 0:
             part = (step.progress * config.num_steps - 1) / (config.num_steps - 1)
             temperature = 1 / ((1 - part) / temperature + part / config.final_temperature)
         return 2 * temperature if i < config.warmup_steps else temperature

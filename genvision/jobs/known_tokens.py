@@ -90,6 +90,7 @@ def _upper_part(pipeline: ImagePipeline, image: Image.Image, keep: float) -> Ten
 def _drawn_anew(pipeline: ImagePipeline, image: Image.Image, mask: Image.Image) -> Tensor:
     """Boolean [h, w], true where a pixel of the token's cell is white, after the mask is cropped as the picture is."""
     size, cell = pipeline.image_size, pipeline.tokenizer.spec.downsample
-    resized = mask.convert("L").resize(resize_shorter_side(image, size).size, Image.Resampling.NEAREST)
-    white = np.asarray(center_crop(resized, size)) >= WHITE  # it has its size by now, so this only crops
-    return torch.from_numpy(white.reshape(size // cell, cell, size // cell, cell).any(axis=(1, 3)))
+    white = Image.fromarray((np.asarray(mask.convert("L")) >= WHITE).astype(np.float32))
+    shares = white.resize(resize_shorter_side(image, size).size, Image.Resampling.BOX)  # means, so that no white pixel is passed over
+    drawn = np.asarray(center_crop(shares, size)) > 0  # it has its size by now, so this only crops
+    return torch.from_numpy(drawn.reshape(size // cell, cell, size // cell, cell).any(axis=(1, 3)))

@@ -167,6 +167,8 @@ def open_job(
         UserError: the folder is no model, a class is unknown, or an option is impossible.
     """
     pipeline = ImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    if classes != "all" and pipeline.generator.is_unconditional:
+        raise UserError("--classes: this model is unconditional, so labels make no difference; leave it out")
     if classes == "all":
         chosen = list(range(len(pipeline.label_names)))
     else:

@@ -42,7 +42,8 @@ FREE_TO_CHANGE = {
     "tracker",
     "num_workers",
 }
-"""Options that a resumed run may change: they do not change what the weights become, step by step."""
+"""Options that a resumed run may change. All but num_steps leave the weights of every step as they were; what follows the length of a run,
+a cosine of the learning rate or the distillation of nested networks, goes on along the new one."""
 
 
 def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:

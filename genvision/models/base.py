@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from genvision.errors import UserError, check_rates
+
 GENERATORS: dict[str, str] = {
     "LlamaGen": "genvision.models.llamagen",
     "RAR": "genvision.models.rar",
@@ -23,6 +25,8 @@ class Generator:
     has_null_label: bool
     prefix_length: int = 0
     """Positions of the condition, which stand before those of the image in `hidden_states`."""
+    is_unconditional: bool = False
+    """Labels make no difference, so that there is nothing to choose and nothing to guide with."""
     is_causal: bool = False
     """A position sees only those before it; so what a prefix holds knows nothing of the image."""
 
@@ -56,3 +60,10 @@ class Generator:
     def num_parameters_million(self) -> float:
         assert isinstance(self, nn.Module)
         return sum(p.numel() for p in self.parameters()) / 1e6
+
+
+def check_class_dropout(rate: float) -> None:
+    """Raises UserError where it is no probability, or leaves no label to learn from."""
+    check_rates(class_dropout=rate)
+    if rate == 1:
+        raise UserError("class_dropout 1 drops every label, so none is learnt; give less, or train mage, which can do without classes")

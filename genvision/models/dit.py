@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from genvision.errors import UserError, check_rates, check_sizes
+from genvision.errors import UserError, check_sizes
 from genvision.layers.embed import LabelEmbedding, TimeEmbedding, grid_positions, sincos_table
 from genvision.layers.mlp import MLP, PackedSwiGLU
 from genvision.layers.modulation import add_gated, modulate
@@ -22,7 +22,7 @@ from genvision.layers.norm import RMSNorm
 from genvision.layers.patches import PatchEmbed
 from genvision.layers.rotary import rotary_table
 from genvision.layers.transformer import SelfAttention
-from genvision.models.base import Generator
+from genvision.models.base import Generator, check_class_dropout
 
 CHOICES = {
     "norm": ("layer", "rms"),
@@ -104,7 +104,7 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         super().__init__()
         check_sizes(input_size=input_size, in_channels=in_channels, patch_size=patch_size, sequence_length=sequence_length)
         check_sizes(hidden_dim=hidden_dim, depth=depth, num_heads=num_heads, num_classes=num_classes, align_hidden=align_hidden)
-        check_rates(class_dropout=class_dropout)
+        check_class_dropout(class_dropout)
         if time_input is None:
             time_input = "step" if path == "ddpm" else "toward_noise"
             self.register_to_config(time_input=time_input)

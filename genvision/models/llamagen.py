@@ -19,7 +19,7 @@ from genvision.layers.embed import LabelEmbedding, TextEmbedding
 from genvision.layers.mlp import SwiGLU, swiglu_hidden_dim
 from genvision.layers.norm import RMSNorm
 from genvision.layers.rotary import rotary_table, rotary_table_2d
-from genvision.models.base import Generator
+from genvision.models.base import Generator, check_class_dropout
 
 
 class LlamaGen(Generator, ModelMixin, ConfigMixin):
@@ -83,7 +83,8 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
         super().__init__()
         check_sizes(codebook_size=codebook_size, grid_size=grid_size, sequence_length=sequence_length, num_classes=num_classes)
         check_sizes(hidden_dim=hidden_dim, depth=depth, num_heads=num_heads, mlp_multiple_of=mlp_multiple_of)
-        check_rates(class_dropout=class_dropout, token_dropout=token_dropout, attention_dropout=attention_dropout)
+        check_class_dropout(class_dropout)
+        check_rates(token_dropout=token_dropout, attention_dropout=attention_dropout)
         check_rates(residual_dropout=residual_dropout, mlp_dropout=mlp_dropout, drop_path=drop_path)
         num_kv_heads = num_kv_heads or num_heads
         if hidden_dim % num_heads or num_heads % num_kv_heads or (hidden_dim // num_heads) % 4:

@@ -21,8 +21,6 @@ class MaskedGenerator(Generator):
     num_heads: int
     hidden_units: int
     """F of every feed-forward block; with the heads it decides which nested networks there are."""
-    is_unconditional: bool = False
-    """The labels make no difference, so that there is nothing to guide with."""
 
     @property
     def mask_id(self) -> int:

@@ -18,6 +18,7 @@ from genvision.errors import UserError, check_rates, check_sizes
 from genvision.layers.embed import LabelEmbedding
 from genvision.layers.mlp import swiglu_hidden_dim
 from genvision.layers.nested import NestedAttention, NestedMLP, NestedSwiGLU, TokenCache
+from genvision.models.base import check_class_dropout
 from genvision.models.masked import MaskedGenerator, positions_within
 from genvision.models.maskgit_blocks import ModulatedBlock, ModulatedNorm, PostNormBlock, PreNormBlock, TiedHead
 
@@ -91,10 +92,13 @@ class MaskGIT(MaskedGenerator, ModelMixin, ConfigMixin):
         super().__init__()
         check_sizes(codebook_size=codebook_size, grid_size=grid_size, sequence_length=sequence_length, num_classes=num_classes)
         check_sizes(hidden_dim=hidden_dim, depth=depth, num_heads=num_heads, head_dim=head_dim, mlp_multiple_of=mlp_multiple_of)
-        check_rates(class_dropout=class_dropout, dropout=dropout, attention_dropout=attention_dropout)
+        check_class_dropout(class_dropout)
+        check_rates(dropout=dropout, attention_dropout=attention_dropout)
         for name, choice in {"block": block, "mlp": mlp, "head": head}.items():
             if choice not in CHOICES[name]:
                 raise UserError(f"{name} '{choice}' is unknown; choose one of {', '.join(CHOICES[name])}")
+        if not norm_eps > 0:
+            raise UserError(f"norm_eps must be above 0, got {norm_eps}")
         if num_registers < 0:
             raise UserError(f"num_registers must be at least 0, got {num_registers}")
         if use_skips and depth % 2 == 0:

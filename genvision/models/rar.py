@@ -21,7 +21,7 @@ from genvision.errors import UserError, check_rates, check_sizes
 from genvision.layers.attention import Attention, KVCache
 from genvision.layers.embed import LabelEmbedding
 from genvision.layers.nested import NestedMLP
-from genvision.models.base import Generator
+from genvision.models.base import Generator, check_class_dropout
 
 PREFIX = 2
 """Places before the tokens: start and class."""
@@ -79,8 +79,8 @@ class RAR(Generator, ModelMixin, ConfigMixin):
         mlp_dim = 4 * hidden_dim if mlp_dim is None else mlp_dim
         check_sizes(codebook_size=codebook_size, grid_size=grid_size, sequence_length=sequence_length, num_classes=num_classes)
         check_sizes(hidden_dim=hidden_dim, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
-        check_rates(class_dropout=class_dropout, attention_dropout=attention_dropout)
-        check_rates(residual_dropout=residual_dropout, mlp_dropout=mlp_dropout)
+        check_class_dropout(class_dropout)
+        check_rates(attention_dropout=attention_dropout, residual_dropout=residual_dropout, mlp_dropout=mlp_dropout)
         if hidden_dim % num_heads:
             raise UserError(f"hidden_dim {hidden_dim} must be a multiple of num_heads {num_heads}")
         self.num_classes, self.has_null_label = num_classes, class_dropout > 0

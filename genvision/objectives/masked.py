@@ -24,7 +24,7 @@ from genvision.streams import Purpose
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLossConfig(NestedLossConfig, MaskLaw):
-    """Which tokens are masked, and what a prediction costs. Defaults are MaskGIT's."""
+    """Which tokens are masked, and what a prediction costs. Defaults are MaskGIT's, without the min_ratio of its code."""
 
     label_smoothing: float = 0.1
     """Part of the target that is spread over all codes."""

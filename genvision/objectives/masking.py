@@ -58,6 +58,8 @@ class MaskLaw:
                 raise UserError(f"loss.mask_law: {error}, or {TRUNCATED_NORMAL}") from error
         if not 0 <= self.min_ratio < 1:
             raise UserError(f"loss.min_ratio must be at least 0 and below 1, got {self.min_ratio}")
+        if not 0 <= self.ratio_mean <= 1:
+            raise UserError(f"loss.ratio_mean must lie in [0, 1], got {self.ratio_mean}")
         if not self.ratio_std > 0:
             raise UserError(f"loss.ratio_std must be above 0, got {self.ratio_std}")
         if not 0 <= self.drop_ratio <= self.min_ratio:

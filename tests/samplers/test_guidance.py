@@ -95,3 +95,9 @@ def test_a_power_of_progress_goes_along_a_cosine():
     assert scales[0] == 1
     with pytest.raises(UserError, match="power"):
         Guidance(power=0.0)
+
+
+def test_titoks_linear_guidance_is_ours_at_another_scale():
+    """There the scale on top of the conditional prediction is s t / T at step t, so the last step has (T - 1) / T of it."""
+    ours = Guidance(scale=1 + 4.5 * 7 / 8, schedule="linear").scales(8)
+    assert ours == pytest.approx([1 + 4.5 * t / 8 for t in range(8)])

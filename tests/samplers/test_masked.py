@@ -12,6 +12,7 @@ from genvision.convert import load_official
 from genvision.errors import UserError
 from genvision.models.mage import MAGE
 from genvision.models.maskgit import MaskGIT
+from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.samplers.masked import MaskedSampler, TokenDraws
 from genvision.samplers.randomness import ImageStreams
 from parity_fixtures import Fixture
@@ -172,6 +173,7 @@ def test_few_unknown_tokens_take_few_steps(model):
     sampler.sample(watched.generator, LABELS[:2], ImageStreams(0, range(2)), known=known)
     assert sampler.calls.tolist() == [3, 3]
     assert [options["nesting"] for options in watched.options] == [4, 2, 1]
+    assert [step.nesting for step in sampler.plan(16, 1)] == [1]
 
 
 def test_all_known_is_given_back_and_none_known_is_drawn(model):
@@ -182,6 +184,18 @@ def test_all_known_is_given_back_and_none_known_is_drawn(model):
     nothing = torch.full((2, 16), -1)
     drawn = sampler.sample(model, LABELS[:2], ImageStreams(0, range(2)), known=nothing)
     assert torch.equal(drawn, sampler.sample(model, LABELS[:2], ImageStreams(0, range(2))))
+
+
+@pytest.mark.parametrize("order", ["halton", "random"])
+def test_where_no_confidence_is_asked_its_options_change_nothing(model, order):
+    sampler = MaskedSampler(num_steps=4, order=order)
+    others = sampler.with_options(confidence="logit", choice_temperature=30.0)
+    assert torch.equal(*(one.sample(model, LABELS, ImageStreams(0, range(5))) for one in (sampler, others)))
+
+
+def test_temperature_0_is_the_most_likely_token_in_every_step(model):
+    sampler = MaskedSampler(num_steps=4, order="halton", temperature=2.0, final_temperature=0.5).with_options(temperature=0.0)
+    assert torch.equal(*(sampler.sample(model, LABELS, ImageStreams(seed, range(5))) for seed in (0, 1)))
 
 
 def test_the_head_is_asked_about_what_it_must_say_only():
@@ -244,7 +258,7 @@ def test_smaller_networks_and_the_cache_save_work(model):
         ({"order": "raster"}, "order"),
         ({"confidence": "margin"}, "confidence"),
         ({"choice_temperature": -1.0}, "choice_temperature"),
-        ({"temperature": 0.0, "final_temperature": 1.0}, "final_temperature"),
+        ({"temperature": 1.0, "final_temperature": 0.0}, "final_temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"nesting": "2x3"}, "nesting"),
         ({"schedule_dtype": "float16"}, "schedule_dtype"),
@@ -253,6 +267,11 @@ def test_smaller_networks_and_the_cache_save_work(model):
 def test_impossible_options_are_refused(options, word):
     with pytest.raises(UserError, match=word):
         MaskedSampler(**options)
+
+
+def test_an_autoregressive_sampler_refuses_a_model_of_masked_tokens(model):
+    with pytest.raises(UserError, match="MaskGIT masked ones"):
+        AutoregressiveSampler().check(model)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,12 @@ class TestMask:
         freed = known_tokens(pipeline, init=picture, mask=save("mask.png", mask)) == -1
         assert torch.equal(freed, (torch.arange(4) >= 2).expand(4, 4))
 
+    def test_a_single_white_pixel_of_a_large_mask_is_not_passed_over(self, pipeline, save):
+        picture, mask = save("picture.png", noise(40, 40)), black(40, 40)
+        mask[1, 38] = 255
+        freed = known_tokens(pipeline, init=picture, mask=save("mask.png", mask)) == -1
+        assert freed.nonzero().tolist() == [[0, 3]]
+
 
 class TestRefusals:
     @pytest.mark.parametrize(

@@ -17,11 +17,14 @@ from genvision.cli import main
 from genvision.errors import UserError
 from genvision.images import from_uint8, to_uint8
 from genvision.jobs.known_tokens import known_tokens
-from genvision.jobs.sample import SampleRequest, sample, sample_from_folder
+from genvision.jobs.sample import SampleRequest, open_job, sample, sample_from_folder
 from genvision.models.dit import DiT
+from genvision.models.mage import MAGE
 from genvision.pipeline import ImagePipeline
 from genvision.samplers.autoregressive import AutoregressiveSampler
+from genvision.samplers.masked import MaskedSampler
 from genvision.samplers.randomness import draw_labels
+from genvision.tokenizers.base import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -452,3 +455,15 @@ class TestOptions:
     def test_a_folder_may_have_a_dot_in_its_name(self, tiny_model, tmp_path, name):
         draw(tiny_model, tmp_path / name, num=1)
         assert (tmp_path / name / "000000.png").is_file()
+
+
+def test_an_unconditional_model_has_no_classes_to_choose(tiny_tokenizer, tmp_path):
+    sizes = {"hidden_dim": 8, "depth": 1, "num_heads": 2, "decoder_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+    generator = MAGE(codebook_size=16, grid_size=4, num_classes=2, class_dropout=1.0, **sizes)
+    pipeline = ImagePipeline(generator, load_tokenizer(tiny_tokenizer / "tokenizer"), MaskedSampler(num_steps=4), ["a", "b"])
+    pipeline.save_pretrained(tmp_path / "model")
+    assert "labels make no difference" in (tmp_path / "model/README.md").read_text()
+    with pytest.raises(UserError, match="--classes: this model is unconditional"):
+        open_job(tmp_path / "model", classes="1")
+    _, request = open_job(tmp_path / "model", num=3)
+    assert request.classes == (0, 1)
