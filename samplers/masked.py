@@ -6,7 +6,6 @@ arXiv:2502.00382; its cache by our own reading of the paper's abstract).
 Shapes: B images, N tokens, M of them masked, K codebook entries.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,61 +15,19 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from genvision.errors import UserError
-from genvision.layers.nested import TokenCache
 from genvision.models.masked import MaskedGenerator
 from genvision.objectives.mask_schedules import check_schedule, masked_after_steps
-from genvision.samplers.autoregressive import draw, filter_logits
+from genvision.samplers.autoregressive import filter_logits
 from genvision.samplers.base import Sampler, check_labels
-from genvision.samplers.guidance import Guidance, combine
+from genvision.samplers.guidance import Guidance
+from genvision.samplers.masked_network import MaskedNetwork, Step
 from genvision.samplers.nesting import parse_nesting
 from genvision.samplers.randomness import ImageStreams
+from genvision.samplers.token_draws import TokenDraws
 from genvision.samplers.token_order import halton_order
-from genvision.streams import Purpose
 
 Order = Literal["confidence", "halton", "random"]
 Form = Literal["probability", "logit"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step of a job does, the same for all of its images."""
-
-    progress: float
-    """After the step, in (0, 1]."""
-    num_masked: int
-    """Before it."""
-    num_revealed: int
-    scale: float
-    """Of guidance."""
-    nesting: int
-    is_full: bool
-    """All tokens go through the network; otherwise those that are masked or were revealed in the step before."""
-    num_read: int
-
-
-class TokenDraws:
-    """What is random in a batch: image i uses the streams of `noise.indices[i]` alone."""
-
-    def __init__(self, noise: ImageStreams, num_tokens: int, device: torch.device) -> None:
-        self.noise, self.num_tokens, self.device = noise, num_tokens, device
-
-    def ids(self, step: int, logits: Tensor, where: Tensor) -> Tensor:
-        """A token for each of the positions `where` int64 [B, M] from logits [B, M, K]: int64 [B, M]."""
-        uniform = self.noise.uniform(Purpose.TOKEN, self.num_tokens, step=step).to(self.device).gather(1, where)
-        return draw(F.softmax(logits.flatten(0, 1), dim=-1), uniform.flatten()).view(where.shape)
-
-    def gumbel(self, step: int) -> Tensor:
-        """Noise of the confidences, float32 [B, N]."""
-        uniform = self.noise.uniform(Purpose.CHOICE, self.num_tokens, step=step).clamp(1e-20, 1 - 2.0**-53)
-        return -torch.log(-torch.log(uniform)).float().to(self.device)
-
-    def order(self) -> Tensor:
-        """Random orders of the tokens, int64 [B, N]."""
-        return self.noise.uniform(Purpose.CHOICE, self.num_tokens).argsort(dim=1).to(self.device)
-
-    def shift(self) -> Tensor:
-        """How far a fixed order is rolled, int64 [B]."""
-        return (self.noise.uniform(Purpose.ORDER_SHIFT, 1)[:, 0] * self.num_tokens).long().to(self.device)
 
 
 class MaskedSampler(Sampler, SchedulerMixin):
@@ -239,13 +196,13 @@ class MaskedSampler(Sampler, SchedulerMixin):
         codes[unknown] = generator.mask_id
         masked = unknown.nonzero()[:, 1].view(rows, -1)  # [B, M], ascending
         order = self._order(generator, draws, masked)
-        reader = _Reader(generator, labels)
+        network = MaskedNetwork(generator, labels, keeps=self.config.use_cache)
         revealed = masked[:, :0]
         steps = self.plan(generator.num_tokens, masked.shape[1])
         for i, step in enumerate(steps):
             where = masked if order is None else order[:, : step.num_revealed].sort(dim=1).values
             fresh = None if step.is_full else torch.cat([masked, revealed], dim=1).sort(dim=1).values
-            logits = reader(codes, where, step, fresh, keeps=self.config.use_cache)  # [B, M, K]
+            logits = network(codes, where, step, fresh)  # [B, M, K]
             ids, confidence = self._draw(i, step, logits, where, draws)
             if order is None:
                 kept = confidence.topk(step.num_revealed, dim=1).indices
@@ -300,25 +257,3 @@ class MaskedSampler(Sampler, SchedulerMixin):
                 order = order.gather(1, (places - draws.shift().unsqueeze(1)) % order.shape[1])
         is_masked = torch.zeros_like(order, dtype=torch.bool).scatter_(1, masked, True)
         return order[is_masked.gather(1, order)].view(masked.shape)
-
-
-class _Reader:
-    """The network with guidance, and what it keeps from one step to the next."""
-
-    def __init__(self, generator: Any, labels: Tensor) -> None:
-        self.generator, self.labels = generator, labels
-        self.both = torch.cat([labels, labels])
-        self.drop = torch.arange(len(self.both), device=labels.device) >= len(labels)
-        self.cache: TokenCache | None = None
-
-    def __call__(self, codes: Tensor, where: Tensor, step: Step, fresh: Tensor | None, *, keeps: bool) -> Tensor:
-        """Guided logits, float32 [B, M, K]."""
-        if step.is_full:
-            self.cache = TokenCache() if keeps else None
-        options: dict[str, Any] = {"nesting": step.nesting, "cache": self.cache}
-        if step.scale == 1:
-            return self.generator(codes, self.labels, where=where, fresh=fresh, **options)
-        doubled = [torch.cat([x, x]) if x is not None else None for x in (codes, where, fresh)]
-        logits = self.generator(doubled[0], self.both, drop=self.drop, where=doubled[1], fresh=doubled[2], **options)
-        conditional, null = logits.chunk(2)
-        return combine(conditional, null, step.scale)

@@ -23,6 +23,8 @@ from genvision.training.config import TrainConfig
 from genvision.training.generator_stage import GeneratorStage
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
+UNCONDITIONAL = "image"
+"""Name of the one class of a model that knows none."""
 SCORED_AT_ONCE = 250
 """Samples of one batch, where Model-guidance follows their FID."""
 
@@ -65,6 +67,8 @@ class GeneratorJob:
         self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
         build = BUILDERS[config.model["name"]]
         self.model, objective, self.sampler = build(config, self.tokenizer.spec, code_shape, num_classes)
+        if self.model.is_unconditional:
+            self.label_names = [UNCONDITIONAL]
         _check_views(config)
         scale = self.sampler.config["guidance_scale"]
         if scale != 1 and not self.model.has_null_label:
@@ -194,9 +198,11 @@ def _masked(config: TrainConfig, spec: TokenizerSpec, code_shape: tuple[int, ...
     from genvision.objectives.masked import MaskedLossConfig, MaskedTokens
     from genvision.samplers.masked import MaskedSampler
 
-    places = _token_places(config, spec, code_shape)
+    options = _token_places(config, spec, code_shape) | _model_options(config)
+    if options["class_dropout"] == 1:
+        num_classes = 1  # labels are never shown
     with rng.seeded(config.seed):
-        model = model_class(config.model["name"])(num_classes=num_classes, **places, **_model_options(config))
+        model = model_class(config.model["name"])(num_classes=num_classes, **options)
     objective = MaskedTokens(MaskedLossConfig(**config.loss), model, seed=config.seed, num_steps=config.train.num_steps)
     return _Parts(model, objective, MaskedSampler(**config.sampler))
 

@@ -13,8 +13,9 @@ from genvision.errors import UserError
 from genvision.models.mage import MAGE
 from genvision.models.maskgit import MaskGIT
 from genvision.samplers.autoregressive import AutoregressiveSampler
-from genvision.samplers.masked import MaskedSampler, TokenDraws
+from genvision.samplers.masked import MaskedSampler
 from genvision.samplers.randomness import ImageStreams
+from genvision.samplers.token_draws import TokenDraws
 from parity_fixtures import Fixture
 
 
