@@ -1,12 +1,12 @@
 """How much of what the machine can do does masked decoding do: its matrix products a second beside those of one large product.
 
-A job draws 256 tokens of each image with MaskGIT's transformer (B: 24 layers of width 768, 12 steps, by confidence), guidance off and
+A job draws 256 tokens of each image with MaskGIT's transformer (B: 12 layers of width 768; 12 steps, by confidence), guidance off and
 random weights; everything counts that the sampler does: embeddings, blocks, attention, head, the draws and the choice of tokens. The work
 is that which the program counts (`MaskedSampler.multiply_adds`, tested against torch's counter). The peak is that of one product of two
 2048 x 2048 matrices, taken before and after every job in the same process; the fraction is taken within a round.
 
-    python benchmarks/masked_speed.py                                   # one thread, 2 images, 9 rounds; about 10 minutes
-    python benchmarks/masked_speed.py --depth 4 --images 1 --rounds 3   # a minute
+    python benchmarks/masked_speed.py                                   # one thread, 4 images, 9 rounds; about 6 minutes
+    python benchmarks/masked_speed.py --depth 4 --images 2 --rounds 3   # half a minute
     python benchmarks/masked_speed.py --nesting 8x3,4x3,2x3,1x3 --cache # smaller networks first, and keys and values kept
 """
 
@@ -29,9 +29,9 @@ SIDE = 2048
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-dim", type=int, default=768)
-    parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--num-heads", type=int, default=16)
-    parser.add_argument("--images", type=int, default=2, help="of a batch")
+    parser.add_argument("--images", type=int, default=4, help="of a batch")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--nesting", default="1")
     parser.add_argument("--cache", action="store_true", help="keep keys and values of known tokens")
