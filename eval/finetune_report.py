@@ -21,10 +21,7 @@ def finetune_chart(result: FinetuneResult) -> str:
     chance = Series(name="chance", points=[Point(x=x, y=100 * result.chance, title=f"chance: {result.chance:.1%}") for x in ends])
     loss = Series(name="loss", points=[_point(row["epoch"], row["loss"], f"loss {row['loss']:.3f}") for row in result.curve])
     low, high = result.top1_interval
-    facts = (
-        f"{result.top1:.1%} [{low:.1%}, {high:.1%}] of {result.num_test:,} test images, {result.num_train:,} training images, "
-        f"layer {result.layer} of {result.num_layers}"
-    )
+    facts = f"{result.top1:.1%} [{low:.1%}, {high:.1%}] of {result.num_test:,} test images (dashed: chance)"  # more does not fit
     words = "; ".join(f"epoch {row['epoch']}: {row['top1']:.1%}, loss {row['loss']:.3f}" for row in result.curve)
     title = f"Fine-tuned from {result.model or 'a generator'}"
     charts = [
