@@ -18,25 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from genvision.training.state import sync
-
-
-def default_root() -> Path:
-    """`$GENVISION_CACHE`, else `genvision/statistics` in the user's cache folder."""
-    if os.environ.get("GENVISION_CACHE"):
-        return Path(os.environ["GENVISION_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "genvision" / "statistics"
+from genvision.user_cache import user_cache
 
 
 class StatisticsCache:
     """Entries in a folder.
 
     Args:
-        root: the folder, made when the first entry is written; None takes `default_root()`.
+        root: the folder, made when the first entry is written; None takes `statistics` in the user's cache folder.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = default_root() if root is None else root
+        self.root = user_cache("statistics") if root is None else root
 
     def load(self, parts: Mapping[str, str], warnings: list[str]) -> dict[str, np.ndarray] | None:
         """The entry of a key; None if there is none, or none that can be trusted.

@@ -184,7 +184,7 @@ class DigitsSource(ImageSource):
         return f"{self.spec}[{index}]"
 
     def fingerprint(self) -> str:
-        return _digest("digits", self.images, self.labels)
+        return digest_of("digits", self.images, self.labels)
 
     def content_hash(self, show_progress: bool = False) -> str:
         return self.fingerprint()
@@ -215,7 +215,7 @@ class FolderSource(ImageSource):
         return str(self.root / os.fsdecode(self._names[index]))
 
     def fingerprint(self) -> str:
-        return _digest("folder", self._names, np.array(self._sizes()), self.labels)
+        return digest_of("folder", self._names, np.array(self._sizes()), self.labels)
 
     def encoded_bytes(self) -> int:
         return sum(self._sizes())
@@ -234,11 +234,11 @@ class FolderSource(ImageSource):
         names = [self.name(index) for index in range(len(self))]
         with ThreadPoolExecutor(HASH_THREADS) as pool:
             digests = [*track(pool.map(file_hash, names), len(names), "hashing", show=show_progress)]
-        return _digest("folder", self._names, np.array(digests), self.labels)
+        return digest_of("folder", self._names, np.array(digests), self.labels)
 
     def stored_formats(self) -> dict[str, int]:
-        names = (self.name(int(index)) for index in _spread(len(self)))
-        return _count_formats(Path(name).open("rb") for name in names)
+        names = (self.name(int(index)) for index in spread(len(self)))
+        return count_formats(Path(name).open("rb") for name in names)
 
     def _walk(self) -> list[str]:
         entries = sorted(_visible(self.root), key=lambda entry: entry.name)
@@ -283,7 +283,7 @@ class FolderSource(ImageSource):
         for name in labels:
             if name not in present and not (self.root / name).is_file():
                 raise UserError(f"{self.root / name}: is missing, but {file.name} lists it; restore it or take it off the list")
-        self.label_names = _names_of_labels(str(file), self.labels, label_names)
+        self.label_names = names_of_labels(str(file), self.labels, label_names)
         return list(labels)
 
 
@@ -332,7 +332,7 @@ class ParquetSource(ImageSource):
 
     def fingerprint(self) -> str:
         files = [(Path(file).name, Path(file).stat().st_size) for file in self.files]
-        return _digest("parquet", np.array(json.dumps([files, self.row_counts])), self.labels)
+        return digest_of("parquet", np.array(json.dumps([files, self.row_counts])), self.labels)
 
     def content_hash(self, show_progress: bool = False) -> str:
         digest = hashlib.sha256(b"parquet")
@@ -343,7 +343,7 @@ class ParquetSource(ImageSource):
         return digest.hexdigest()
 
     def stored_formats(self) -> dict[str, int]:
-        return _count_formats(self._open_bytes(int(index)) for index in _spread(len(self)))
+        return count_formats(self._open_bytes(int(index)) for index in spread(len(self)))
 
     def encoded_bytes(self) -> int | None:
         import pyarrow
@@ -368,7 +368,7 @@ class ParquetSource(ImageSource):
             )
         labels = column.to_numpy().astype(np.int64)
         where = f"{self.spec}: column {self.label_column}"
-        return labels, _names_of_labels(where, labels, getattr(features[self.label_column], "names", None))
+        return labels, names_of_labels(where, labels, getattr(features[self.label_column], "names", None))
 
 
 class NpzSource(ImageSource):
@@ -386,7 +386,7 @@ class NpzSource(ImageSource):
             if "arr_0" in names:
                 self.images = _open_member(self.path, "arr_0.npy")
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{self.path}: not an npz file, or damaged ({_one_line(error)}); write or copy it again") from error
+            raise UserError(f"{self.path}: not an npz file, or damaged ({one_line(error)}); write or copy it again") from error
         if "arr_0" not in names:
             raise UserError(f"{self.path}: has no arr_0 but {', '.join(names)}; expected images uint8 [N, H, W, 3] under arr_0")
         if self.images.ndim != 4 or self.images.shape[3] != 3 or self.images.dtype != np.uint8 or not len(self.images):
@@ -397,7 +397,7 @@ class NpzSource(ImageSource):
         if labels.shape != (len(self.images),) or labels.dtype.kind not in "iu":
             raise UserError(f"{self.path}: arr_1 is {labels.dtype} {list(labels.shape)}, expected {len(self.images)} whole numbers")
         self.labels = labels.astype(np.int64)
-        self.label_names = _names_of_labels(f"{self.path}: arr_1", self.labels, None)
+        self.label_names = names_of_labels(f"{self.path}: arr_1", self.labels, None)
 
     def load(self, index: int) -> Image.Image:
         return Image.fromarray(np.array(self.images[index]))
@@ -408,7 +408,7 @@ class NpzSource(ImageSource):
     def fingerprint(self) -> str:
         facts = [list(self.images.shape), self.path.stat().st_size]
         edges = [np.array(self.images[0]), np.array(self.images[-1])]
-        return _digest("npz", np.array(json.dumps(facts)), *edges, self.labels)
+        return digest_of("npz", np.array(json.dumps(facts)), *edges, self.labels)
 
     def content_hash(self, show_progress: bool = False) -> str:
         digest = hashlib.sha256(f"npz{self.images.shape}".encode())
@@ -491,7 +491,7 @@ def _whole_number(value: Any) -> int:
     return value
 
 
-def _names_of_labels(where: str, labels: np.ndarray, names: Any) -> list[str]:
+def names_of_labels(where: str, labels: np.ndarray, names: Any) -> list[str]:
     """The names, after a check that every label has one; numbers where no names are known."""
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0:
@@ -509,7 +509,7 @@ def _num_rows(file: str) -> int:
     try:
         return int(pyarrow.parquet.read_metadata(file).num_rows)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a parquet file, or damaged ({_one_line(error)}); write or copy it again") from error
+        raise UserError(f"{file}: not a parquet file, or damaged ({one_line(error)}); write or copy it again") from error
 
 
 def _image_column(file: str, features: Any) -> str:
@@ -544,7 +544,7 @@ def _load_parquet(files: list[str], columns: list[str]) -> Any:
     try:
         return datasets.load_dataset("parquet", data_files=files, columns=columns, split="train")
     except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"{files[0]}: cannot be read as parquet ({_one_line(error.__cause__ or error)}); copy the files again") from error
+        raise UserError(f"{files[0]}: cannot be read as parquet ({one_line(error.__cause__ or error)}); copy the files again") from error
     finally:
         if quiet:
             datasets.enable_progress_bars()
@@ -590,12 +590,12 @@ def _slow_hash(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _spread(num: int) -> np.ndarray:
+def spread(num: int) -> np.ndarray:
     """At most FORMAT_SAMPLE indices, evenly over all."""
     return np.unique(np.linspace(0, num - 1, min(num, FORMAT_SAMPLE)).astype(np.int64))
 
 
-def _count_formats(files: Iterable[Any]) -> dict[str, int]:
+def count_formats(files: Iterable[Any]) -> dict[str, int]:
     """Format to count, by the first bytes; what no magic number is known of counts as `other`."""
     counts: Counter[str] = Counter()
     for file in files:
@@ -605,7 +605,7 @@ def _count_formats(files: Iterable[Any]) -> dict[str, int]:
     return dict(counts)
 
 
-def _digest(kind: str, *arrays: np.ndarray) -> str:
+def digest_of(kind: str, *arrays: np.ndarray) -> str:
     digest = hashlib.sha256(kind.encode())
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -613,5 +613,5 @@ def _digest(kind: str, *arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,11 +1,10 @@
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from genvision.eval.cache import StatisticsCache, default_root
+from genvision.eval.cache import StatisticsCache
 
 PARTS = {"content": "abc", "crop": "none", "extractor": "inception", "extractor_hash": "123"}
 
@@ -104,7 +103,6 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path, capsys):
 def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("GENVISION_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_root() == tmp_path / "genvision" / "statistics"
+    assert StatisticsCache().root == tmp_path / "genvision" / "statistics"
     monkeypatch.setenv("GENVISION_CACHE", str(tmp_path / "mine"))
-    assert default_root() == tmp_path / "mine"
-    assert os.environ["GENVISION_CACHE"]
+    assert StatisticsCache().root == tmp_path / "mine" / "statistics"
