@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def user_cache(kind: str) -> Path:
-    """Folder for one kind of content, which may not be there yet: below `$GENVISION_CACHE`, else below `genvision` in the user's cache folder."""
+    """Folder of one kind of content, there or not: below `$GENVISION_CACHE`, else below `genvision` in the user's cache folder."""
     if os.environ.get("GENVISION_CACHE"):
         return Path(os.environ["GENVISION_CACHE"]).expanduser() / kind
     base = os.environ.get("XDG_CACHE_HOME")

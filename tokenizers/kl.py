@@ -41,7 +41,7 @@ class KLTokenizer(ContinuousTokenizer, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["DownEncoderBlock2D", "UNetMidBlock2D", "UpDecoderBlock2D"]
+    _no_split_modules = ("DownEncoderBlock2D", "UNetMidBlock2D", "UpDecoderBlock2D")
     autoencoder: "AutoencoderKL"
 
     @register_to_config

@@ -50,7 +50,7 @@ class TiTok(ContinuousTokenizer, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
 
     @register_to_config
     def __init__(

@@ -45,7 +45,7 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Level"]
+    _no_split_modules = ("Level",)
 
     @register_to_config
     def __init__(

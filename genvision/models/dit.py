@@ -69,7 +69,7 @@ class DiT(Generator, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
     gradient_checkpointing = False
 
     @register_to_config

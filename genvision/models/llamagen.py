@@ -51,7 +51,7 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
     gradient_checkpointing = False
     is_causal = True
 

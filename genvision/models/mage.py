@@ -50,7 +50,7 @@ class MAGE(MaskedGenerator, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
     gradient_checkpointing = False
     prefix_length = 1
 

@@ -61,7 +61,7 @@ class MaskGIT(MaskedGenerator, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["PostNormBlock", "PreNormBlock", "ModulatedBlock"]
+    _no_split_modules = ("PostNormBlock", "PreNormBlock", "ModulatedBlock")
     gradient_checkpointing = False
 
     @register_to_config

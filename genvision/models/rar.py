@@ -54,7 +54,7 @@ class RAR(Generator, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
     gradient_checkpointing = False
     is_causal = True
     prefix_length = PREFIX

@@ -6,8 +6,8 @@ import time
 class Phases:
     """The phase that a process is in, and the seconds spent in each since they were last asked for.
 
-    Phases of the loop: `data` (waiting for the next batch), `forward_backward`, `agreement` (one reduction over processes a step), `optimizer`,
-    `after_step`, `checkpoint`, `preview`, `validation`, `scores`.
+    Phases of the loop: `data` (waiting for the next batch), `forward_backward`, `agreement` (a reduction over processes, one a step),
+    `optimizer`, `after_step`, `checkpoint`, `preview`, `validation`, `scores`.
     """
 
     def __init__(self) -> None:
