@@ -8,7 +8,6 @@ EDM2's `img512.pkl`, `img64.pkl`        {"fid": {"mu", "sigma"}, "fd_dinov2": {.
 Statistics have the names of the rows that they are of (genvision.eval.measurement): pool, spatial, dinov2. Everything becomes float64.
 """
 
-import io
 import json
 import os
 import pickle
@@ -23,7 +22,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from genvision.data.sources import ImageSource, NpzSource, file_hash, open_source
+from genvision.data.npz import NpzSource
+from genvision.data.safe_pickle import load_pickle
+from genvision.data.sources import ImageSource, file_hash, open_source
 from genvision.errors import UserError
 from genvision.eval.moments import Gaussian
 from genvision.training.state import sync
@@ -128,10 +129,10 @@ def _open_own(path: Path) -> ReferenceFile:
 
 def _open_pickle(path: Path) -> ReferenceFile:
     try:
-        content = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+        content = load_pickle(path)
         entries = {key: content[key] for key in PICKLE_KEYS if key in content}
         arrays = {PICKLE_KEYS[key]: (_array_of(entry["mu"]), _array_of(entry["sigma"])) for key, entry in entries.items()}
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (pickle.UnpicklingError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not EDM2's statistics ({_one_line(error)}); expected NumPy arrays as {{'fid': {{'mu': ..., 'sigma': ...}}}}"
         ) from error
@@ -155,62 +156,10 @@ def _gaussian(path: Path, name: str, mu: np.ndarray, sigma: np.ndarray, count: i
         raise UserError(f"{path}: {name}: {error}") from error
 
 
-class _Recipe:
-    """What a pickle says of an array; nothing of NumPy's own unpickling runs."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments, self.state = arguments, ()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _DtypeRecipe(_Recipe):
-    """The arguments of numpy.dtype."""
-
-
-class _BufferRecipe(_Recipe):
-    """An array as protocol 5 writes it: its bytes, type, shape and order."""
-
-
-class _ArrayClass:
-    """Stands for numpy.ndarray, which is only named and never called."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds plain containers, numbers and recipes of arrays; refuses every other class or function."""
-
-    ALLOWED: Mapping[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): _Recipe,
-        ("numpy._core.multiarray", "_reconstruct"): _Recipe,
-        ("numpy.core.numeric", "_frombuffer"): _BufferRecipe,
-        ("numpy._core.numeric", "_frombuffer"): _BufferRecipe,
-        ("numpy", "ndarray"): _ArrayClass,
-        ("numpy", "dtype"): _DtypeRecipe,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
-            return lambda text, encoding: text.encode("latin1")
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
-        return self.ALLOWED[module, name]
-
-
-def _array_of(recipe: Any) -> np.ndarray:
-    """The array that a recipe of float32 or float64 numbers describes."""
-    if isinstance(recipe, _BufferRecipe):
-        content, dtype, shape, order = recipe.arguments
-        is_fortran = order == "F"
-    elif isinstance(recipe, _Recipe) and len(recipe.state) == 5:
-        _, shape, dtype, is_fortran, content = recipe.state
-    else:
+def _array_of(entry: Any) -> np.ndarray:
+    if not isinstance(entry, np.ndarray):
         raise ValueError("its entries are no NumPy arrays")
-    kind = str(dtype.arguments[0]) if isinstance(dtype, _DtypeRecipe) else "?"
-    if kind not in ("f4", "f8") or not isinstance(content, bytes | bytearray):
-        raise ValueError(f"its arrays are of type {kind}, not float")
-    array = np.frombuffer(content, dtype=f"<{kind}")
-    return array.reshape(shape, order="F" if is_fortran else "C")
+    return entry
 
 
 def _one_line(error: BaseException) -> str:

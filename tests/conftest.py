@@ -7,15 +7,13 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-import multiprocessing
-import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from started_processes import run
 
 torch.set_num_threads(1)
 
@@ -104,39 +102,8 @@ def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def in_two_processes() -> Callable[..., None]:
-    """Runs a command of genvision as two processes that know of one another, as torchrun starts them.
-
-    They are forks of this process, which has loaded torch already.
-    """
-
-    def run(*words: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
-        processes = [fork.Process(target=_run_as, args=(rank, port, words)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + 300
-        while any(process.is_alive() for process in processes):
-            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
-                for process in processes:
-                    process.kill()  # it would wait for the other one
-            time.sleep(0.01)
-        assert [process.exitcode for process in processes] == [0, 0]
-
-    return run
-
-
-def _run_as(rank: int, port: int, words: Sequence[str]) -> None:
-    from accelerate.state import AcceleratorState
-
-    from genvision.cli import main
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(True)
-    main(list(words))
+    """Runs a command of genvision as two processes that know of one another, as torchrun starts them."""
+    return lambda *words: run(words)
 
 
 def _trained_dit(folder: Path, **model: object) -> Path:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, arrays that grow by rows on disk, and arrays that are opened memory-mapped.
+"""Files that are whole or not there, arrays that grow by rows on disk, and arrays that are opened memory-mapped, many at once.
 
 A file is written under another name, synced, renamed, and its folder is synced: nothing half-written ever has the name.
 """
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from genvision.errors import UserError
+
+SPARE_FILES = 256
+"""Files that a process opens beside those of its data: worker processes, checkpoints, logs."""
 
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
@@ -86,7 +89,29 @@ def open_array(path: Path, shape: tuple[int | None, ...], dtype: np.dtype[Any]) 
         raise UserError(
             f"{path}: is {array.dtype} {list(array.shape)}, index.json says {dtype} {wanted}; delete the folder and encode again"
         )
-    return array
+    return np.asarray(array)  # still mapped; rows of a plain array are taken faster than those of np.memmap
+
+
+def allow_open_files(folder: Path, num: int) -> None:
+    """Let this process open `num` more files, within what the system lets it have.
+
+    Raises:
+        UserError: the system does not.
+    """
+    if os.name != "posix":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = sum(1 for _ in Path("/dev/fd").iterdir()) + num + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UserError(
+            f"{folder}: its {num} files must be open at once, but this process may open {hard} in all; raise that "
+            "(ulimit -Hn, or LimitNOFILE of the service)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _part_of(path: Path) -> Path:

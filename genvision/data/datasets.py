@@ -4,39 +4,41 @@ Shapes: B images of one process, H = W = image size, V views of an image.
 """
 
 import itertools
-import os
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypedDict, TypeVar
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from genvision.data.order import local_batch_size, sample_indices, sample_positions, sample_rng, uniform_choice, view_seed
+from genvision.data.order import Order, local_batch_size, sample_positions, sample_rng, uniform_choice, view_seed
 from genvision.data.sources import BadImageError, ImageSource, OnBadImage
 from genvision.data.transforms import MIN_AREA, Crop, CropConfig, ViewConfig, center_crop
+from genvision.data.workers import DeadWorkerError, map_in_order
 from genvision.errors import UserError
 from genvision.images import from_uint8
 
-K = TypeVar("K")
-V = TypeVar("V")
 Batch = dict[str, Tensor]
 BadImages = dict[int, str]
 """Index of an unreadable image to `name: reason`."""
 MAX_CACHE_BYTES = 64 << 20
 """Sets whose centre crops fit in this are decoded once a process."""
+MAX_RESTARTS = 3
+"""Times that new workers take the place of dead ones without a batch in between."""
 
 
 class TrainingData(Protocol):
     """What `batches` reads from: images or codes."""
 
-    labels: np.ndarray
     label_names: list[str]
     bad_images: BadImages
+
+    @property
+    def order(self) -> Order: ...
+
+    @property
+    def highest_label(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -55,6 +57,7 @@ class ImageDataset:
         views: of each image in a batch; 2 for a contrastive loss. The first is what one view would be; the second has a crop and flip of
             its own, or is the mirror image of a centre crop.
         on_bad_image: `skip` puts the next readable image in the place of an unreadable one and notes it in `bad_images`.
+        shuffle_window: images that are shuffled among each other, see SampleOrder.
     """
 
     def __init__(
@@ -69,12 +72,14 @@ class ImageDataset:
         seed: int = 0,
         views: Literal[1, 2] = 1,
         on_bad_image: OnBadImage = "stop",
+        shuffle_window: int | None = None,
     ) -> None:
         self.source, self.image_size, self.seed, self.on_bad_image = source, image_size, seed, on_bad_image
         self.crops, self.batch_views = CropConfig(crop=crop, flip=flip, enlarge_range=enlarge_range, min_area=min_area), views
         if views == 2 and crop == "center" and not flip:
             raise UserError("data.views 2: centre crops without flips are the same twice; set data.crop to random, or data.flip to true")
         self.labels, self.label_names = source.labels, source.label_names
+        self.order: Order = source.order(shuffle_window)
         self.bad_images: BadImages = {}
         small = len(source) * image_size * image_size * 3 <= MAX_CACHE_BYTES
         self._cached = _CropCache(len(source), image_size) if small and crop == "center" else None
@@ -85,6 +90,10 @@ class ImageDataset:
     @property
     def num_classes(self) -> int:
         return len(self.label_names)
+
+    @property
+    def highest_label(self) -> int:
+        return int(self.labels.max())
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -196,17 +205,29 @@ class BatchStream:
         world_size: int,
         num_workers: int,
         end_step: int | None,
+        pin_memory: bool,
     ) -> None:
         local_batch_size(batch_size, world_size)  # complain now, not at the first batch
         self.fetch = _FetchStep(dataset, seed, batch_size, rank, world_size)
-        self.start_step, self.end_step, self.num_workers = start_step, end_step, num_workers
+        self.start_step, self.end_step, self.num_workers, self.pin_memory = start_step, end_step, num_workers, pin_memory
         self.bad_images: BadImages = {}
 
     def __iter__(self) -> Iterator[Batch]:
-        steps = itertools.count(self.start_step) if self.end_step is None else range(self.start_step, self.end_step)
-        for batch, bad in map_in_order(self.fetch, steps, self.num_workers):
-            self.bad_images |= bad
-            yield batch
+        step, restarts = self.start_step, 0
+        while True:
+            try:
+                steps = itertools.count(step) if self.end_step is None else range(step, self.end_step)
+                for batch, bad in map_in_order(self.fetch, steps, self.num_workers, pin_memory=self.pin_memory):
+                    self.bad_images |= bad
+                    yield batch
+                    step, restarts = step + 1, 0
+                return
+            except DeadWorkerError as error:
+                # a batch is a function of its step, so new workers make the very batches that are lost
+                if restarts == MAX_RESTARTS:
+                    raise
+                restarts += 1
+                print(f"step {step}: {error.what}; new ones go on from this step", file=sys.stderr, flush=True)
 
 
 def batches(
@@ -219,16 +240,19 @@ def batches(
     world_size: int = 1,
     num_workers: int = 0,
     end_step: int | None = None,
+    pin_memory: bool = False,
 ) -> BatchStream:
     """Training batches of one process, without end unless `end_step` (not included) is given.
 
     What comes at a step depends on (seed, step) alone: a stream from step k on equals the rest of one from step 0,
-    and all processes together give the same samples in the same order, whatever their number.
+    and all processes together give the same samples in the same order, whatever their number. When a worker dies (of the system's
+    out-of-memory killer, say), new ones go on from the step that is lost, up to MAX_RESTARTS times without a batch in between.
 
     Args:
         seed: of the order; crops and views have the seed of the data set.
         batch_size: of all processes together.
         num_workers: processes that decode; 0 decodes here.
+        pin_memory: in page-locked memory, from which a copy to a CUDA device does not hold up the process.
     """
     return BatchStream(
         dataset,
@@ -239,6 +263,7 @@ def batches(
         world_size=world_size,
         num_workers=num_workers,
         end_step=end_step,
+        pin_memory=pin_memory,
     )
 
 
@@ -317,7 +342,7 @@ class _FetchStep:
 
     def __call__(self, step: int) -> tuple[Batch, BadImages]:
         positions = sample_positions(step, self.batch_size, self.rank, self.world_size)
-        batch = self.dataset.get_batch(positions, sample_indices(self.seed, positions, len(self.dataset)))
+        batch = self.dataset.get_batch(positions, self.dataset.order.indices(self.seed, positions))
         bad = dict(self.dataset.bad_images)
         self.dataset.bad_images.clear()
         return batch, bad
@@ -349,89 +374,3 @@ class _FetchChunk:
         images = images[: len(kept)] if self.views is not None else images[: len(kept), 0]
         read = np.array(kept, dtype=np.int64)
         return torch.from_numpy(images), torch.from_numpy(self.source.labels[read]), torch.from_numpy(read), bad
-
-
-def map_in_order(function: Callable[[K], V], keys: Iterable[K], num_workers: int) -> Generator[V, None, None]:
-    """function(key) for every key, in order, computed ahead by worker processes if `num_workers` is not 0.
-
-    A UserError in a worker is raised here as itself. No global random state is touched. Workers end with the generator.
-    """
-    if num_workers == 0:
-        yield from map(function, keys)
-        return
-    loader = DataLoader(
-        _Mapped(function),
-        batch_size=None,
-        sampler=keys,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        worker_init_fn=_obey_main_alone,
-        generator=torch.Generator(),  # otherwise the loader would draw from the global one
-    )
-    with _signals_held():  # a worker must not meet a signal before it has said how it takes them
-        iterator: Any = iter(loader)
-    try:
-        while True:
-            try:
-                result = next(iterator)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):  # an exception of the function itself begins with "Caught"
-                    raise
-                raise UserError(
-                    f"a process that decodes images died ({' '.join(str(error).split())[:200]}); it may have run out of memory or of "
-                    "shared memory (/dev/shm): lower num_workers, or raise the limit"
-                ) from error
-            if isinstance(result, UserError):
-                raise result
-            yield result
-    finally:
-        # not left to the garbage collector: it may close the queues first, and then ending takes five seconds a worker
-        iterator._shutdown_workers()
-
-
-class _Mapped(Dataset[Any]):
-    """A function as a data set; a UserError travels back as a value, since the loader would wrap it in a traceback."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.function(key)
-        except UserError as error:
-            return error
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Signals that end a process wait until the end of the block, also in processes that begin in it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _obey_main_alone(_: int) -> None:
-    """A signal to the whole process group must not end a worker: the main process finishes its step and needs it until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_main_says, daemon=True).start()
-    elif hasattr(signal, "pthread_sigmask"):  # macOS
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-
-
-def _end_when_main_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _as_is(value: Any) -> Any:
-    return value

@@ -9,11 +9,15 @@ Beside latents, which are the means of a tokenizer's posterior, there may be its
 transformers (DiT, arXiv:2212.09748; SiT) are trained on samples of it, drawn anew at every visit. And there may be a frozen network's
 features of every view for REPA (genvision.data.alignment), `features-00000.npy`, float16 [n, V, T, Z].
 
+A set is opened and read in memory that does not grow with its length, except for the order of its samples (see SampleOrder) and a few
+hundred bytes and two open files a shard.
+
 Shapes: codes [*places], (h, w) or (L,), int64; latents [c, *places] float32; B samples, V views of an image; T tokens of Z features.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genvision.data.array_files import open_array
+from genvision.data.array_files import allow_open_files, open_array
 from genvision.data.code_storage import ArrayShard, StoredAs, StreamShard, code_dtype
 from genvision.data.datasets import BadImages, Batch
-from genvision.data.order import uniform_choice, view_seed
+from genvision.data.order import Order, SampleOrder, uniform_choice, view_seed
 from genvision.errors import UserError
 from genvision.streams import IndexedStreams, Purpose
 
@@ -60,8 +64,11 @@ class EncodedDataset:
         seed: which view of an image is taken at a position, and which sample of its posterior, depends on this and the position alone.
         with_features: batches hold the features, if there are any; at 0.4 MB a sample it costs time to read what nobody uses.
         views: of each image in a batch; 2 for a contrastive loss. The first is what one view would be, the second is another one.
+        shuffle_window: images that are shuffled among each other, see SampleOrder.
 
     Attributes:
+        image_size: side of the images that were encoded.
+        class_counts: images of each class, int64 [num_classes].
         has_posterior: batches hold samples, as the set knows the deviations of its latents.
         features: what is stored of features, or None.
 
@@ -77,15 +84,14 @@ class EncodedDataset:
         seed: int = 0,
         with_features: bool = True,
         views: Literal[1, 2] = 1,
+        shuffle_window: int | None = None,
     ) -> None:
         self.path, self.seed, self.with_features, self.batch_views = Path(path).expanduser(), seed, with_features, views
         self.index = _read_index(self.path)
-        made_by: str = self.index["tokenizer_hash"]
-        if expected_tokenizer_hash is not None and made_by != expected_tokenizer_hash:
-            raise UserError(
-                f"{self.path}: its codes were made by tokenizer {made_by[:12]}, not by the given one ({expected_tokenizer_hash[:12]}); "
-                "give that tokenizer, or run genvision encode again with this one into another folder"
-            )
+        self.tokenizer_hash: str = self.index["tokenizer_hash"]
+        if expected_tokenizer_hash is not None:
+            self.check_tokenizer(expected_tokenizer_hash)
+        self.image_size: int = self.index["image_size"]
         self.kind: str = self.index["kind"]
         self.code_shape: tuple[int, ...] = tuple(self.index["code_shape"])
         self.codebook_size: int | None = self.index["codebook_size"]
@@ -98,17 +104,37 @@ class EncodedDataset:
         in_use = self.index.get("codes_in_use")
         self._in_use = None if in_use is None else np.array(in_use, dtype=np.int64)
         self._open()
-        self.labels: np.ndarray = np.concatenate([self._read_labels(shard) for shard in self.index["shards"]])
-        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
-            low, high = self.labels.min(), self.labels.max()
-            raise UserError(f"{self.path}: labels go from {low} to {high}, its index names {self.num_classes} classes; encode again")
+        self.class_counts = self._count_labels()
+        self.order: Order = SampleOrder(len(self), shuffle_window)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return int(self._ends[-1])
 
     @property
     def num_classes(self) -> int:
         return len(self.label_names)
+
+    @property
+    def highest_label(self) -> int:
+        """That occurs."""
+        return int(np.flatnonzero(self.class_counts)[-1])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all images, int64 [N], read anew each time; `labels_of` some of them costs no memory."""
+        return np.concatenate(self._labels)
+
+    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [B]"""
+        return self._gather(np.asarray(indices), np.empty(len(indices), dtype=np.int64), lambda shard, rows, _: self._labels[shard][rows])
+
+    def check_tokenizer(self, expected_hash: str) -> None:
+        """Raises UserError if the codes were made by any other tokenizer."""
+        if self.tokenizer_hash != expected_hash:
+            raise UserError(
+                f"{self.path}: its codes were made by tokenizer {self.tokenizer_hash[:12]}, not by the given one ({expected_hash[:12]}); "
+                "give that tokenizer, or run genvision encode again with this one into another folder"
+            )
 
     def fingerprint(self) -> str:
         """sha256 that changes with the images, the views, the tokenizer, and what is stored beside the codes."""
@@ -153,7 +179,7 @@ class EncodedDataset:
         return batch | self._places(positions, indices)
 
     def _places(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
-        return {"labels": torch.from_numpy(self.labels[indices]), "positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
+        return {"labels": torch.from_numpy(self.labels_of(indices)), "positions": torch.from_numpy(np.array(positions, dtype=np.int64))}
 
     def num_bytes(self) -> int:
         """What is stored takes on disk, without the labels."""
@@ -163,20 +189,29 @@ class EncodedDataset:
         """`codes`, `deviations` or `features` of one view of each image, [B, *shape]."""
         is_code = part == "codes" and self.kind == "codes"
         values = np.empty((len(indices), *shape), dtype=np.int64 if is_code else np.float32)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shards):
-            rows, file = shards == shard, self._shards[shard][part]
-            stored = file.take(indices[rows] - self._starts[shard], views[rows])
-            values[rows] = self._decoded(stored, file.path) if is_code else stored
-        return torch.from_numpy(values)
+        self._gather(indices, values, lambda shard, rows, chosen: self._shards[shard][part].take(rows, views[chosen]))
+        return torch.from_numpy(self._decoded(values, indices) if is_code else values)
 
-    def _decoded(self, stored: np.ndarray, path: Path) -> np.ndarray:
+    def _gather(self, indices: np.ndarray, values: np.ndarray, read: Callable[[int, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Fill values[i] with what is stored of image indices[i], by read(shard, its rows, which i these are)."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        by_shard = np.argsort(shards, kind="stable")
+        for chosen in np.split(by_shard, np.flatnonzero(np.diff(shards[by_shard])) + 1):
+            if len(chosen):
+                shard = int(shards[chosen[0]])
+                values[chosen] = read(shard, indices[chosen] - self._starts[shard], chosen)
+        return values
+
+    def _decoded(self, stored: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Codes of what is stored of them, after a check."""
         limit = self.codebook_size if self._in_use is None else len(self._in_use)
+        assert limit is not None
         if stored.size and not 0 <= stored.min() <= stored.max() < limit:
-            wrong = stored.max() if stored.min() >= 0 else stored.min()
-            what = f"its codebook has codes 0 .. {limit - 1}" if self._in_use is None else f"{limit} codes are in use"  # type: ignore[operator]
-            raise UserError(f"{path}: holds {wrong}, but {what}; restore it, or delete the folder and encode again")
+            is_wrong = (stored < 0) | (stored >= limit)
+            row = int(np.argmax(is_wrong.reshape(len(stored), -1).any(1)))
+            path = self._shards[np.searchsorted(self._ends, indices[row], side="right")]["codes"].path
+            what = f"its codebook has codes 0 .. {limit - 1}" if self._in_use is None else f"{limit} codes are in use"
+            raise UserError(f"{path}: holds {stored[row][is_wrong[row]][0]}, but {what}; restore it, or delete the folder and encode again")
         return stored if self._in_use is None else self._in_use[stored]
 
     def _check_views(self) -> None:
@@ -191,16 +226,26 @@ class EncodedDataset:
             raise UserError(f"data.views {self.batch_views}: {self.path} has {what}, which are for one view of each image; set it to 1")
 
     def _open(self) -> None:
-        counts = np.array([shard["count"] for shard in self.index["shards"]], dtype=np.int64)
+        shards = self.index["shards"]
+        counts = np.array([shard["count"] for shard in shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
-        self._shards = [open_shard(self.path, shard, self.index) for shard in self.index["shards"]]
+        allow_open_files(self.path, sum(len(shard) - 1 for shard in shards))  # names beside `count`
+        self._shards = [open_shard(self.path, shard, self.index) for shard in shards]
+        self._labels = [open_array(self.path / shard["labels"], (shard["count"],), np.dtype(np.int64)) for shard in shards]
 
-    def _read_labels(self, shard: dict[str, Any]) -> np.ndarray:
-        return np.array(open_array(self.path / shard["labels"], (shard["count"],), np.dtype(np.int64)))
+    def _count_labels(self) -> np.ndarray:
+        """Of each class, after a check that all labels have names; a shard at a time."""
+        counts = np.zeros(self.num_classes, dtype=np.int64)
+        low, high = min(int(labels.min()) for labels in self._labels), max(int(labels.max()) for labels in self._labels)
+        if low < 0 or high >= self.num_classes:
+            raise UserError(f"{self.path}: labels go from {low} to {high}, its index names {self.num_classes} classes; encode again")
+        for labels in self._labels:
+            counts += np.bincount(labels, minlength=self.num_classes)
+        return counts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_shards"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_shards", "_labels")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from genvision.data.datasets import ImageDataset, bad_images_summary, batches, map_in_order, ordered_batches
-from genvision.data.order import sample_indices, sample_positions
+from genvision.data.datasets import ImageDataset, bad_images_summary, batches, ordered_batches
+from genvision.data.order import SampleOrder, sample_indices, sample_positions
 from genvision.data.sources import BadImageError, open_source
 from genvision.data.transforms import ViewConfig, center_crop
+from genvision.data.workers import map_in_order
 from genvision.errors import UserError
 from genvision.images import from_uint8
 
@@ -103,11 +105,22 @@ def test_workers_give_what_the_process_itself_gives(source):
     assert_same(list(stream), list(here))  # and again from the start
 
 
-def test_every_image_comes_once_an_epoch(source):
-    data = ImageDataset(source, 14, crop="center", flip=False)
-    images = torch.cat([batch["images"] for batch in batches(data, seed=1, batch_size=5, end_step=4)])
-    for epoch in images.split(NUM):
-        assert len(epoch.flatten(1).unique(dim=0)) == NUM
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_what_all_processes_read_in_an_epoch_is_the_set_each_image_once(source, world_size, window):
+    data = ImageDataset(source, 14, crop="center", flip=False, shuffle_window=window)
+    streams = [batches(data, seed=1, batch_size=12, rank=rank, world_size=world_size, end_step=5) for rank in range(world_size)]
+    read = [batch for stream in streams for batch in stream]
+    positions, images = (torch.cat([batch[key] for batch in read]) for key in ("positions", "images"))
+    for epoch in range(6):
+        assert len(images[positions // NUM == epoch].flatten(1).unique(dim=0)) == NUM
+    assert sorted(positions.tolist()) == list(range(6 * NUM))
+
+
+def test_the_order_is_the_one_of_the_source(source):
+    assert ImageDataset(source, 8).order == source.order() == SampleOrder(NUM)
+    assert ImageDataset(source, 8, shuffle_window=4).order == SampleOrder(NUM, window=4)
+    assert ImageDataset(source, 8).highest_label == 2
 
 
 def test_flips_are_of_half_the_images_and_belong_to_the_position(source):
@@ -201,6 +214,15 @@ def test_digits_stream_from_memory():
     assert not torch.equal(first["images"], second["images"])
     again = data.get_batch(first["positions"].numpy(), sample_indices(0, first["positions"].numpy(), 1797))
     assert_same([again], [first])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pinned_batches_are_the_same(source, num_workers):
+    pinned = take(batches(random_crops(source), seed=1, batch_size=4, num_workers=num_workers, pin_memory=True), 3)
+    assert all(tensor.is_pinned() for batch in pinned for tensor in batch.values())
+    assert_same(pinned, take(batches(random_crops(source), seed=1, batch_size=4), 3))
 
 
 class TestTwoViews:
@@ -297,7 +319,7 @@ class TestWorkers:
         iterator = iter(batches(random_crops(source), seed=1, batch_size=4, num_workers=2))
         first = next(iterator)
         workers = multiprocessing.active_children()
-        for name in ("-TERM", "-INT"):
+        for name in ("-TERM", "-INT", "-USR1"):
             subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
         time.sleep(0.1)
         assert all(worker.is_alive() for worker in workers)
@@ -325,12 +347,37 @@ class TestWorkers:
             next(iterator)
         assert "\n" not in str(caught.value)
 
-    def test_none_meets_a_signal_before_it_knows_how_to_take_it(self):
-        for _ in range(5):
+    def test_new_ones_go_on_where_one_was_killed(self, source, capfd):
+        undisturbed = take(batches(random_crops(source), seed=1, batch_size=4), 12)
+        iterator = iter(batches(random_crops(source), seed=1, batch_size=4, end_step=12, num_workers=2))
+        result = []
+        for batch in iterator:
+            result.append(batch)
+            if len(result) % 2:
+                worker = multiprocessing.active_children()[len(result) // 2 % 2]
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.join()  # its end must not disturb what the main process does meanwhile
+        assert_same(result, undisturbed)
+        assert not multiprocessing.active_children()
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 6  # more than may come without a batch in between
+        for step, line in zip((1, 3, 5, 7, 9, 11), lines, strict=True):
+            assert re.fullmatch(rf"step {step}: .* died \(.*-9\); new ones go on from this step", line)
+
+    def test_a_step_that_kills_every_worker_ends_the_stream_after_three_tries(self, source, capfd):
+        with pytest.raises(UserError, match="lower num_workers"):
+            take(batches(_KillsItsProcess(source, 8, crop="random"), seed=1, batch_size=4, start_step=5, num_workers=1), 1)
+        lines = capfd.readouterr().err.splitlines()
+        assert [line.partition(":")[0] for line in lines] == ["step 5"] * 3
+        assert not multiprocessing.active_children()
+
+    @pytest.mark.parametrize("name", ["-TERM", "-USR1"])
+    def test_none_meets_a_signal_before_it_knows_how_to_take_it(self, name):
+        for _ in range(3):
             iterator = map_in_order(abs, itertools.count(), 4)
             assert next(iterator) == 0  # of the first worker; the others may just have begun
             workers = multiprocessing.active_children()
-            subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+            subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
             assert [next(iterator) for _ in range(20)] == list(range(1, 21))
             iterator.close()
 
@@ -340,7 +387,7 @@ class TestWorkers:
 
     def test_the_interpreter_ends_while_a_stream_is_open(self):
         code = (
-            "from genvision.data.datasets import map_in_order\n"
+            "from genvision.data.workers import map_in_order\n"
             "import itertools\n"
             "stream = map_in_order(abs, itertools.count(), 2)\n"
             "print(next(stream))\n"
@@ -349,6 +396,13 @@ class TestWorkers:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout) == (0, "0\n")
         assert "Traceback" not in done.stderr
+
+
+class _KillsItsProcess(ImageDataset):
+    """As the system does when memory runs out."""
+
+    def get_batch(self, positions, indices):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _sleep(seconds):

@@ -10,6 +10,7 @@ from encoding_examples import NUM, SIZE, LinearTokenizer, ListTokenizer, MeanTok
 
 from genvision.data.datasets import batches
 from genvision.data.encoded import EncodedDataset
+from genvision.data.order import SampleOrder
 from genvision.data.transforms import center_crop
 from genvision.errors import UserError
 from genvision.images import from_uint8
@@ -64,6 +65,23 @@ class TestReading:
         assert len(EncodedDataset(data.path, expected_tokenizer_hash="a" * 64)) == NUM
         with pytest.raises(UserError, match=r"aaaaaaaaaaaa.*bbbbbbbbbbbb.*genvision encode again"):
             EncodedDataset(data.path, expected_tokenizer_hash="b" * 64)
+
+    def test_labels_come_from_all_shards_and_are_counted(self, data, source):
+        np.testing.assert_array_equal(data.labels, source.labels)
+        indices = np.array([10, 0, 7, 7, 3])
+        assert data.labels_of(indices).tolist() == source.labels[indices].tolist()
+        assert (data.class_counts.tolist(), data.highest_label) == ([6, 5], 1)
+        stored = np.load(data.path / "labels-00001.npy")
+        np.save(data.path / "labels-00001.npy", stored + 1)
+        with pytest.raises(UserError, match="labels go from 0 to 2, its index names 2 classes"):
+            EncodedDataset(data.path)
+
+    def test_a_window_can_be_given(self, data):
+        assert data.order == SampleOrder(NUM)
+        windowed = EncodedDataset(data.path, shuffle_window=3)
+        assert windowed.order == SampleOrder(NUM, window=3)
+        read = [batch["labels"].tolist() for batch in batches(windowed, seed=1, batch_size=NUM, end_step=2)]
+        assert read == windowed.labels[windowed.order.indices(1, np.arange(2 * NUM))].reshape(2, NUM).tolist()
 
     def test_fingerprint_names_the_codes(self, data, source, tmp_path):
         assert EncodedDataset(data.path).fingerprint() == data.fingerprint()

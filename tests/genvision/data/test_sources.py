@@ -342,14 +342,19 @@ class TestNpz:
 
 def test_unknown_forms_list_the_known_ones(tmp_path):
     refused("foldr:x", "did you mean folder", "parquet:GLOB")
-    refused("imagenet", "digits", "npz:FILE")
+    refused("cub", "digits", "npz:FILE", "wds:SHARDS")
+    refused("imagenet", "imagenet:ROOT")
     refused(f"{tmp_path}/no/such", "no such file or folder")
     refused("folder:", "PATH")
     (tmp_path / "a.txt").write_text("x")
     refused(tmp_path / "a.txt", "a.txt", ".parquet")
 
 
-def test_planned_and_encoded_forms_say_so():
-    refused("hub:cifar10", "not available yet", "parquet:")
-    refused("wds:x-{0..9}.tar", "not available yet")
+def test_a_folder_that_is_called_like_a_form_opens_by_its_name_alone(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename("cifar")
+    assert open_source("cifar").label_names == ["ant", "bee", "cat"]
+
+
+def test_an_encoded_folder_is_refused_as_images():
     refused("encoded:codes", "holds codes")
