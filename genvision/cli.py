@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `genvision --help` must not wait for torch.
 """
 
+import errno
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -100,11 +101,24 @@ def train(argv: list[str]) -> None:
     """Train a tokenizer or a generator from a YAML recipe."""
     from genvision.config import load_train_config
 
-    config, resume = load_train_config(argv)
+    config, allow_change = load_train_config(argv)
     from genvision.jobs.train import run_training
 
-    model = run_training(config, resume=resume)
-    print(f"model: {model}" if model else f"stopped; run the same command with --resume to go on ({config.output_dir})")
+    model = run_training(config, allow_change=allow_change)
+    print(f"model: {model}" if model else f"stopped; run the same command again to go on ({config.output_dir})")
+
+
+def runs(folder: Path = Path("runs"), *, json: bool = False, html: Path | None = None) -> None:
+    """List training runs: how far they are, their loss, their last checkpoint, and which of them is running.
+
+    Args:
+        folder: what they lie below.
+        json: print a JSON list.
+        html: also write a page with the curves of their losses.
+    """
+    from genvision.jobs.runs import show_runs
+
+    print(show_runs(folder, as_json=json, html=html))
 
 
 def encode(
@@ -131,7 +145,7 @@ def encode(
 
     Args:
         tokenizer: folder of the tokenizer, or of a model that has one.
-        data: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        data: digits, folder:PATH, parquet:GLOB, wds:SHARDS, hub:NAME, ...; see docs/data.md.
         out: folder for the encoded data set.
         image_size: side in pixels; the tokenizer's own unless told.
         crops: ADM's centre crop, or ten crops (four corners and the centre, and their mirror images).
@@ -226,7 +240,7 @@ def reconstruct(
 
     Args:
         tokenizer: folder of the tokenizer, or of a model that has one.
-        data: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        data: digits, folder:PATH, parquet:GLOB, wds:SHARDS, hub:NAME, ...; see docs/data.md.
         out: new folder for results.json, reconstructions.png and, for discrete codes, codes.npz.
         image_size: side in pixels; the tokenizer's own unless told.
         extractor: features for rFID: inception, digits, ... or none.
@@ -322,7 +336,7 @@ def evaluate(
     """Score images against a reference: FID, sFID, Inception Score, precision and recall, KID, FD-DINOv2; with intervals.
 
     Args:
-        generated: what is judged: folder:PATH, npz:FILE, parquet:GLOB, digits; or a path.
+        generated: what is judged: folder:PATH, npz:FILE, parquet:GLOB, digits, wds:SHARDS, ...; or a path.
         reference: images in the same forms, or a file of statistics: ADM's npz, statistics written by genvision statistics.
         image_size: crop both sets to this side first; without it all images must have one size.
         json: file for the result with everything that moves the numbers.
@@ -347,7 +361,7 @@ def statistics(
     """Measure a data set once and write its statistics, a reference that can be kept; or, with --tokenizer, those of its latents.
 
     Args:
-        data: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        data: digits, folder:PATH, parquet:GLOB, wds:SHARDS, hub:NAME, ...; see docs/data.md.
         out: new file, NAME.safetensors; with --tokenizer, a new folder for the same tokenizer with standardised latents.
         image_size: crop to this side first; without it all images must have one size.
         tokenizer: folder of a continuous tokenizer: mean and deviation of each channel of its latents are measured and become its own.
@@ -490,7 +504,7 @@ def cas(
     """Train a classifier on generated images only and test it on real ones: the Classification Accuracy Score.
 
     Args:
-        generated: labelled images to learn from: folder:PATH, npz:FILE, parquet:GLOB, digits; or a path.
+        generated: labelled images to learn from: folder:PATH, npz:FILE, parquet:GLOB, digits, wds:SHARDS, ...; or a path.
         real: labelled real images to be tested on, in the same forms; the classes are matched by name.
         out: new folder for results.json.
         baseline: real images to train on in the same way, none of those tested on; the gap to them is stated.
@@ -560,7 +574,7 @@ def probe(
 
     Args:
         model: folder written by train, demo or import.
-        train: labelled real images on which the probes are fitted: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        train: labelled real images on which the probes are fitted: digits, folder:PATH, parquet:GLOB, wds:SHARDS, ...; see docs/data.md.
         test: other labelled real images of the same classes.
         out: new folder for results.json and probe.svg.
         layer: all, a number, or numbers separated by commas; 0 is what the first block reads.
@@ -635,7 +649,7 @@ def finetune(
 
     Args:
         model: folder written by train, demo or import; it stays as it is.
-        data: labelled real images to learn from: digits, folder:PATH, parquet:GLOB or npz:FILE.
+        data: labelled real images to learn from: digits, folder:PATH, parquet:GLOB, wds:SHARDS, hub:NAME, ...; see docs/data.md.
         test: other labelled real images of the same classes.
         out: new folder for results.json, curve.svg, classifier.json and classifier.safetensors.
         layer: whose outputs are classified, 0 (what the first block reads) to the number of blocks; the last unless told.
@@ -708,7 +722,7 @@ def neighbours(
     """Find the training images that generated ones resemble most: does the model copy? With a picture to look at.
 
     Args:
-        generated: folder:PATH, npz:FILE, parquet:GLOB, digits; or a path.
+        generated: folder:PATH, npz:FILE, parquet:GLOB, digits, wds:SHARDS, ...; or a path.
         train: what the model was trained on, in the same forms.
         out: new folder for results.json, neighbours.png and neighbours.npz.
         held_out: real images that the model has not seen; without them no distance can be called small.
@@ -793,9 +807,11 @@ def presets(name: str | None = None) -> None:
     print(format_preset(name) if name else format_presets())
 
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
+    "runs": runs,
     "encode": encode,
     "decode": decode,
     "reconstruct": reconstruct,
@@ -841,6 +857,12 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             raise
         print(f"genvision: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"genvision: {where}{error.strerror}; make room, then run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("genvision: interrupted", file=sys.stderr)

@@ -42,6 +42,11 @@ MODELS = {
 
 FROM_DATA = {"image_size", "codebook_size", "grid_size", "sequence_length", "input_size", "in_channels", "num_classes"}
 """Model options that follow from the data (tokenizer stage) or from the tokenizer (generator stage)."""
+ALLOW_CHANGE = "--allow-change"
+NOT_CONFIGURED = ("data", "order", "tokenizer")
+"""What a checkpoint knows of a run beside its options, and `--allow-change` may name."""
+ACCELERATE = "accelerate/"
+"""Of the shipped YAML files, those that `accelerate launch` reads; they are no recipes."""
 OPEN_KEYS = ("model.quantizer_options",)
 """Keys that hold a dictionary whose keys depend on another option."""
 
@@ -114,16 +119,17 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
+def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", frozenset[str]]:
     """The training configuration of a command line: `--config FILE`, then `--dotted.key value` over it.
 
     Returns:
-        The configuration, and whether `--resume` was given.
+        The configuration, and the keys behind `--allow-change`.
 
     Raises:
         UserError: file, key and value are named.
     """
     argv = list(argv)
+    allowed = _take_allowed(argv)
     file, content = _read_config_file(argv)
     in_file = dict(_flat(content))
     on_line = {word.removeprefix("--").split("=")[0]: word for word in argv if word.startswith("--")}
@@ -135,14 +141,17 @@ def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
         where = f"{file}: " if file else ""
         raise UserError(f"{where}model.name is {model!r}; one of {', '.join(MODELS)} is needed{_nearest(str(model), list(MODELS))}")
     parser = _train_parser(str(model), str(_peek("model.path", argv, in_file) or "ddpm"))
-    known = sorted({action.dest for action in parser._actions} - {"help", "print_config", "config", "resume"})
+    known = sorted({action.dest for action in parser._actions} - {"help", "print_config", "config"})
+    for key in allowed:
+        if key not in known and key not in NOT_CONFIGURED:
+            raise UserError(f"--allow-change {key}: there is no such key{_nearest(key, [*known, *NOT_CONFIGURED])}")
     sections = {key.split(".")[0] for key in known if "." in key}
     for key in [*in_file, *on_line]:
         if key in sections and (key in on_line or in_file[key] != {}):
             raise UserError(f"{'' if key in on_line else f'{file}: '}{key} is a section, so keys are expected below it, not a value")
         if any(key.startswith(f"{option}.") for option in OPEN_KEYS):
             continue  # its class checks them
-        if key not in known and key not in ("config", "resume", "help", "h", "print_config"):
+        if key not in known and key not in ("config", "help", "h", "print_config"):
             raise UserError(f"{f'{file}: ' if key in in_file else ''}unknown key '{key}'{_nearest(key, known)}")
     try:
         values = parser.parse_args(argv).as_dict()
@@ -151,22 +160,38 @@ def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", bool]:
         message = _explained(str(error), known)
         from_file = file and not message.startswith(("unrecognized ", "argument ", *on_line))
         raise UserError(f"{f'{file}: ' if from_file else ''}{message}") from error
-    return config, bool(values["resume"])
+    return config, allowed
+
+
+def _take_allowed(argv: list[str]) -> frozenset[str]:
+    """The keys behind every `--allow-change`, which is taken out of `argv`."""
+    allowed: set[str] = set()
+    while places := [i for i, word in enumerate(argv) if word.partition("=")[0] == ALLOW_CHANGE]:
+        i = places[0]
+        _, equals, value = argv[i].partition("=")
+        value = value if equals else argv[i + 1] if i + 1 < len(argv) else ""
+        if not value or value.startswith("--"):
+            raise UserError(f"{ALLOW_CHANGE}: a key is expected behind it, optim.lr for example")
+        allowed |= set(value.split(","))
+        del argv[i : i + (1 if equals else 2)]
+    return frozenset(allowed)
 
 
 def _train_help() -> str:
     return (
-        "usage: genvision train --config FILE [--resume] [--dotted.key value ...]\n\n"
+        "usage: genvision train --config FILE [--dotted.key value ...] [--allow-change KEY]\n\n"
         "Train a tokenizer or a generator from a YAML recipe: a path, or a shipped one by its name:\n\n"
         + "\n".join(f"  {name}" for name in shipped_recipes())
-        + "\n\n  --config FILE --help shows every key of that recipe's model; --resume goes on from the newest checkpoint."
+        + "\n\n  --config FILE --help shows every key of that recipe's model. The same command again goes on from the newest checkpoint;"
+        + "\n  with other values it is refused, unless --allow-change KEY accepts another result."
     )
 
 
 @cache  # reading the docstrings takes 0.2 s
 def _train_parser(model: str, path: str) -> ArgumentParser:
     """`path` is that of a diffusion transformer, which decides about loss and sampler."""
-    from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
+    from genvision.training.config import DataConfig, LoopConfig, OptimConfig, ScoresConfig, TrainConfig
+    from genvision.training.lora import LoRAConfig
 
     stage = MODELS[model][0]
     parser = ArgumentParser(
@@ -175,7 +200,6 @@ def _train_parser(model: str, path: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; keys on the command line win over it")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     helps = attribute_docstrings(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         if field.name in ("stage", "output_dir", "seed", "tokenizer", "init_from"):
@@ -189,6 +213,8 @@ def _train_parser(model: str, path: str) -> ArgumentParser:
     parser.add_class_arguments(DataConfig, "data")
     parser.add_class_arguments(OptimConfig, "optim")
     parser.add_class_arguments(LoopConfig, "train")
+    parser.add_class_arguments(ScoresConfig, "scores")
+    parser.add_class_arguments(LoRAConfig, "lora")
     loss, sampler = _loss_and_sampler(model, path)
     if loss is not None:
         parser.add_class_arguments(loss, "loss")
@@ -230,13 +256,16 @@ def _loss_and_sampler(model: str, path: str) -> tuple[type | None, type | None]:
 
 
 def _train_config(values: dict[str, Any]) -> "TrainConfig":
-    from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
+    from genvision.training.config import DataConfig, LoopConfig, OptimConfig, ScoresConfig, TrainConfig
+    from genvision.training.lora import LoRAConfig
 
     return TrainConfig(
         **{name: values[name] for name in ("stage", "output_dir", "seed", "tokenizer", "init_from", "model")},
         data=DataConfig(**values["data"]),
         optim=OptimConfig(**values["optim"]),
         train=LoopConfig(**values["train"]),
+        scores=ScoresConfig(**values["scores"]),
+        lora=LoRAConfig(**values["lora"]),
         loss=values.get("loss") or {},
         sampler=values.get("sampler") or {},
     )
@@ -288,7 +317,8 @@ def shipped_recipes() -> list[str]:
     import genvision
 
     roots = [Path(root) / "configs" for root in genvision.__path__]
-    return sorted({path.relative_to(root).as_posix() for root in roots for path in root.rglob("*.yaml")})
+    names = {path.relative_to(root).as_posix() for root in roots for path in root.rglob("*.yaml")}
+    return sorted(name for name in names if not name.startswith(ACCELERATE))
 
 
 def save_config(config: Any, path: Path) -> None:

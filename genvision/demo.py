@@ -84,7 +84,7 @@ def run_demo(out: Path, *, family: Family = "ar", seed: int = 0) -> str:
 
 def _trained(recipe: str, output: Path, seed: int, changes: list[str]) -> Path:
     config, _ = load_train_config(["--config", recipe, "--output_dir", str(output), "--seed", str(seed), *changes])
-    model = run_training(config, resume=True)
+    model = run_training(config)
     if model is None:
         raise KeyboardInterrupt
     return model

@@ -1,9 +1,15 @@
 """The processes of a job and where they compute: how many there are, which of them this is, on which device."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from genvision.errors import UserError
+
+T = TypeVar("T")
 
 
 def process_state(device: str | torch.device | None = None) -> PartialState:
@@ -31,3 +37,20 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used ({' '.join(str(error).split())[:120]}); try cpu") from error
     return name
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What the main process gets of a function, in every process; a UserError that it raises is raised in every one."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return function()
+    answer: list[T | UserError | None] = [None]
+    if state.is_main_process:
+        try:
+            answer = [function()]
+        except UserError as error:
+            answer = [UserError(str(error))]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]  # type: ignore[return-value]

@@ -63,8 +63,8 @@ def _run_as(rank: int, num: int, port: int, words: Sequence[str], environment: d
     from genvision.cli import main
 
     if errors is not None:
-        sys.stderr.flush()
         os.dup2(os.open(f"{errors}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", **environment}
     AcceleratorState._reset_state(True)

@@ -561,16 +561,17 @@ class TestTrain:
     def test_another_runs_results_stay(self, refused, train_vq, tmp_path):
         main(train_vq)
         before = contents(tmp_path / "run")
-        assert "already holds another run's results" in refused(*train_vq)
-        message = refused(*train_vq, "--resume", "--optim.lr", "0.5")
-        assert "optim.lr" in message and "0.5" in message
-        assert contents(tmp_path / "run") == before
+        del before["run.lock"]
+        message = refused(*train_vq, "--optim.lr", "0.5")
+        assert "optim.lr" in message and "0.5" in message and "--allow-change optim.lr" in message
+        after = contents(tmp_path / "run")
+        del after["run.lock"]
+        assert after == before
 
     def test_foreign_files_stay(self, refused, train_vq, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("mine")
-        assert "already holds" in refused(*train_vq)
-        assert "config.yaml is missing" in refused(*train_vq, "--resume")
+        assert "config.yaml is missing" in refused(*train_vq)
         assert contents(tmp_path / "run") == {"thesis.txt": b"mine"}
 
     def test_an_output_folder_that_is_a_file(self, refused, train_vq, tmp_path):
@@ -578,22 +579,24 @@ class TestTrain:
         assert str(tmp_path / "run") in refused(*train_vq)
         assert str(tmp_path / "run") in refused(*train_vq, "--output_dir", tmp_path / "run" / "below")
 
-    def test_a_damaged_checkpoint_is_named(self, refused, train_vq, tmp_path):
-        main(train_vq)
-        resume = [*train_vq, "--resume", "--train.num_steps", "3"]
-        newest = tmp_path / "run" / "checkpoints" / "step_00000002"
+    def test_a_damaged_only_checkpoint_is_named(self, capsys, train_vq, tmp_path):
+        main([*train_vq, "--train.checkpoint_every", "9"])
+        longer = [*train_vq, "--train.num_steps", "3"]
+        checkpoints = tmp_path / "run" / "checkpoints"
+        (newest,) = checkpoints.iterdir()
         whole = {path.name: path.read_bytes() for path in newest.iterdir()}
-        assert sorted(whole) == ["model.safetensors", "optimizer.pt", "rng_0.pt", "stage.pt", "state.json"]
+        assert sorted(whole) == ["model.safetensors", "optimizer.safetensors", "rng_0.pt", "stage.pt", "state.json"]
         for name, data in whole.items():
             for damaged in (data[: len(data) // 2], b"\xff" * len(data)):
                 (newest / name).write_bytes(damaged)
-                before = contents(tmp_path / "run" / "checkpoints")
-                message = refused(*resume)
-                assert str(newest / name) in message and f"delete {newest}" in message
-                assert contents(tmp_path / "run" / "checkpoints") == before
+                with pytest.raises(SystemExit):
+                    main(longer)
+                told = capsys.readouterr().err.splitlines()
+                assert f"{newest / name}: the checkpoint is damaged" in told[-2] and "it is set aside" in told[-2]
+                assert "none of its checkpoints can be read; restore one, or delete the folder of the run" in told[-1]
+                (checkpoints / f"{newest.name}.damaged").rename(newest)
             (newest / name).write_bytes(data)
-        shutil.rmtree(newest)  # the mend that the message gives
-        main(resume)
+        main(longer)
 
 
 class TestReconstruct:

@@ -113,7 +113,8 @@ def words(section: str, options: dict[str, object]) -> list[str]:
 
 
 def test_there_are_recipes_for_every_model():
-    assert {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.y*ml")} == set(RECIPES)
+    names = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.y*ml")}
+    assert {name for name in names if not name.startswith("accelerate/")} == set(RECIPES)
     assert {load_train_config(["--config", recipe])[0].model["name"] for recipe in RECIPES} == set(MODELS)
 
 

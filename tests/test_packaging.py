@@ -53,7 +53,8 @@ def test_the_wheel_holds_every_stage_and_works_elsewhere(tmp_path):
 
     modules = sorted(_module_names())
     assert {name.split(".")[1] for name in modules} >= {*STAGES, "cli", "pipeline", "data", "models", "training"}
-    recipes = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+    files = (path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml"))
+    recipes = sorted(path.as_posix() for path in files if path.parent.name != "accelerate")
     assert recipes
     code = f"""
 import sys

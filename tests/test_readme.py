@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from genvision.cli import main
+from genvision.config import load_train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -115,3 +116,16 @@ def test_every_import_example_names_a_preset():
 def test_pictures_and_pages_that_are_linked_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / target).is_file(), target
+
+
+def test_the_commands_of_training_at_scale_are_right(photos, tmp_path, capsys):
+    """The launcher's file is there and the recipe takes the options; the list of runs shows one of the tour."""
+    launch, runs = tour(2)
+    words = shlex.split(launch)
+    assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    config, _ = load_train_config(words[words.index("train.py") + 1 :])
+    assert config.tokenizer == "runs/vq16"
+    run_all(tour(0)[:1])
+    capsys.readouterr()
+    main(shlex.split(runs)[1:])
+    assert "finished" in capsys.readouterr().out

@@ -41,7 +41,7 @@ class Runs:
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL and newest_step(run) < config["train"]["num_steps"]
-        main([*words, "--resume"])
+        main([*words])
         return run
 
     def refused(self, config: dict, *more: object) -> str:
@@ -81,7 +81,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Model, averages and optimiser state of the last checkpoint, and the finished model, bit for bit."""
     last = max((one / "checkpoints").iterdir()).relative_to(one)
     states = {path.name for path in (one / last).iterdir() if path.suffix in (".safetensors", ".pt")}
-    assert {"model.safetensors", "ema_0.9.safetensors", "optimizer.pt"} <= states
+    assert {"model.safetensors", "ema_0.9.safetensors", "optimizer.safetensors"} <= states
     for name in states:
         if name.endswith(".pt"):
             assert (one / last / name).read_bytes() == (other / last / name).read_bytes(), name

@@ -7,7 +7,7 @@ Shapes: images float32 [B, 3, H, W] in [-1, 1]; discrete codes int64 [B, h, w] o
 import hashlib
 import inspect
 import json
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -72,7 +72,7 @@ class TokenizerOutput(NamedTuple):
     """The tokenizer's own terms, weighted: the quantiser's, or `kl`."""
 
 
-class Tokenizer(ABC):
+class Tokenizer(metaclass=ABCMeta):  # not ABC, whose slots keep fully_shard from its change of class
     """Mixed into a ModelMixin: `encode`, `decode` and `spec` are the whole contract; `forward` and `last_layer` are for training."""
 
     @property

@@ -7,7 +7,6 @@ Where no gradient is wanted the same sums are taken in faster ways, with outputs
 upsampling and convolution in one. `benchmarks/tokenizer_speed.py` measures it; the gains in the comments are its CPU time on one core.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genvision.kernels.attention import attention
+from genvision.layers.checkpointing import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +40,11 @@ MASKGIT = ConvStyle(attention=False, block_bias=False, shortcut_of_output=True, 
 STYLES = {"vqgan": VQGAN, "maskgit": MASKGIT}
 
 
-class _Stack(nn.Module):
-    """Levels and middle share the switch for gradient checkpointing."""
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin.enable_gradient_checkpointing
+class _Stack(Trunk, nn.Module):
+    """Levels and the blocks of the middle are what gradient checkpointing recomputes."""
 
     def run(self, modules: nn.ModuleList, x: Tensor) -> Tensor:
-        for module in modules:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(module, x)
-            else:
-                x = module(x)
-        return x
+        return self.run_blocks(lambda i, x: modules[i](x), len(modules), x)
 
 
 class Encoder(_Stack):

@@ -42,6 +42,7 @@ class KLTokenizer(ContinuousTokenizer, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("DownEncoderBlock2D", "UNetMidBlock2D", "UpDecoderBlock2D")
+    _replicated_modules = ("autoencoder.decoder.conv_out",)
     autoencoder: "AutoencoderKL"
 
     @register_to_config

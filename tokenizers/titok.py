@@ -4,8 +4,6 @@ Shapes: images [B, 3, H, W] in [-1, 1]; N = h w patches, L latent tokens, C widt
 codes [B, L], latents [B, D, L]. The networks themselves see and make images in [0, 1].
 """
 
-from collections.abc import Callable
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from genvision.errors import UserError
 from genvision.kernels.attention import attention
+from genvision.layers.checkpointing import Trunk
 from genvision.tokenizers.base import ContinuousTokenizer, TokenizerOutput, TokenizerSpec, check_statistics
 from genvision.tokenizers.conv import MASKGIT, Decoder
 from genvision.tokenizers.quantizers import VectorQuantizer
@@ -51,6 +50,7 @@ class TiTok(ContinuousTokenizer, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
+    _replicated_modules = ("quantize", "head")
 
     @register_to_config
     def __init__(
@@ -230,11 +230,8 @@ def kl_per_token(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
-class LatentTransformer(nn.Module):
+class LatentTransformer(Trunk, nn.Module):
     """Blocks over [class token, N patches, L latent tokens], each with a learned position."""
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin.enable_gradient_checkpointing
 
     def __init__(self, num_patches: int, num_latents: int, dim: int, depth: int, num_heads: int) -> None:
         super().__init__()
@@ -249,8 +246,7 @@ class LatentTransformer(nn.Module):
         """Patches [B, N, C] and latent tokens [B, L, C] after all blocks, before `norm_out`."""
         grid = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], 1) + self.position_embed
         x = self.norm_in(torch.cat([grid, latents + self.latent_position_embed], 1))  # [B, 1 + N + L, C]
-        for block in self.blocks:
-            x = self._gradient_checkpointing_func(block, x) if self.gradient_checkpointing and torch.is_grad_enabled() else block(x)
+        x = self.run_blocks(lambda i, x: self.blocks[i](x), len(self.blocks), x)
         return x[:, 1 : grid.shape[1]], x[:, grid.shape[1] :]
 
 

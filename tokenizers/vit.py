@@ -61,6 +61,7 @@ class ViTok(ContinuousTokenizer, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("TransformerBlock",)
+    _replicated_modules = ("tubelet_decode",)
     posemb: nn.Parameter | None
     dec_posemb: nn.Parameter | None
     code: nn.Parameter | None

@@ -46,6 +46,7 @@ class VQTokenizer(Tokenizer, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Level",)
+    _replicated_modules = ("quantize", "decoder.conv_out")
 
     @register_to_config
     def __init__(

@@ -5,6 +5,7 @@ A file is written under another name, synced, renamed, and its folder is synced:
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ SPARE_FILES = 256
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file by `write(file)`; an old one of that name stays until the new one is whole."""
     part = _part_of(path)
-    with part.open("wb") as file:
-        write(file)
-        _sync(file)
+    try:
+        with part.open("wb") as file:
+            write(file)
+            _sync(file)
+    except BaseException:
+        part.unlink(missing_ok=True)  # on a full disk its room is wanted
+        raise
     _give_name(part, path)
 
 
@@ -115,7 +120,7 @@ def allow_open_files(folder: Path, num: int) -> None:
 
 
 def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # folders may be shared between hosts
 
 
 def _sync(file: Any) -> None:

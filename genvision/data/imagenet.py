@@ -71,7 +71,8 @@ def _labelled_images(folder: Path, top: Path, part: str) -> tuple[list[str], lis
     flat = sorted(entry.name for entry in entries if is_image(entry))
     folders = any(entry.is_dir() for entry in entries)
     if flat and folders:
-        raise UserError(f"{folder}: holds images ({flat[0]}) beside sub-folders; keep either form of the validation set")
+        mend = "put every image into the folder of its class" if part == "train" else "keep either form of the validation set"
+        raise UserError(f"{folder}: holds images ({flat[0]}) beside sub-folders; {mend}")
     if flat and part == "train":
         raise UserError(f"{folder}: holds images ({flat[0]}), expected one folder of images for each WNID, such as n01440764")
     if flat:

@@ -43,6 +43,8 @@ class LsunSource(ImageSource):
     def __init__(self, spec: str, folders: str) -> None:
         self.spec = spec
         self.folders = [Path(folder).expanduser() for folder in folders.split(",") if folder]
+        if not self.folders:
+            raise UserError(f"{spec}: names no folder; expected lsun:DIR or lsun:DIR,DIR")
         self._tables = [_Table(folder) for folder in self.folders]
         counts = [len(table.keys) for table in self._tables]
         self._ends = np.cumsum(counts)
@@ -139,7 +141,11 @@ class _Table:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: np.save(file, keys))
         except OSError as error:
-            print(f"warning: {path}: cannot be written ({error.strerror}); they are listed again next time", file=sys.stderr, flush=True)
+            print(
+                f"warning: {path}: cannot be written ({error.strerror or one_line(error)}); they are listed again next time",
+                file=sys.stderr,
+                flush=True,
+            )
         return keys
 
     def _list_keys(self, entries: int) -> np.ndarray:

@@ -76,7 +76,11 @@ def open_index(files: Sequence[str], features: Any | None) -> tuple[ParquetIndex
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: _store(index, file))
         except OSError as error:
-            print(f"warning: {path}: cannot be written ({error.strerror}); they are listed again next time", file=sys.stderr, flush=True)
+            print(
+                f"warning: {path}: cannot be written ({error.strerror or one_line(error)}); they are listed again next time",
+                file=sys.stderr,
+                flush=True,
+            )
     return index, identity
 
 

@@ -93,12 +93,15 @@ def _tars_in(fs: Any, folder: str, address: str) -> list[str]:
     endings = (".tar", ".tgz", *(f".tar{ending}" for ending in COMPRESSIONS))
     shards = [name for name in names if name.lower().endswith(endings)]
     if not shards:
-        raise UserError(f"{address}: there is no tar file in this folder; give the shards, for example wds:{address.rstrip('/')}/**/*.tar")
+        shards_below = f"wds:{address.rstrip('/')}/**/*.tar"
+        raise UserError(
+            f"{address}: there is no tar file in this folder; give the shards, for example {shards_below}, or pictures by folder:"
+        )
     splits = {found[1] for shard in shards if (found := _SPLITS.search(_base(shard).lower()))}
     if len(splits) > 1:
         like = next(_base(shard) for shard in shards if _SPLITS.search(_base(shard).lower()))
         raise UserError(
-            f"{address}: holds shards of several splits ({', '.join(sorted(splits))}); name those of one by a pattern for names like {like}"
+            f"{address}: holds shards of several splits ({', '.join(sorted(splits))}); choose one by a pattern, as for names like {like}"
         )
     return shards
 

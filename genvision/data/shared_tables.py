@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from genvision.data.array_files import write_whole
+from genvision.data.sources import one_line
 from genvision.errors import UserError
 
 NUM_LOCKS = 64
@@ -47,8 +48,9 @@ class SharedTables:
             try:
                 self._add(path, read)
             except OSError as error:
+                why = error.strerror or one_line(error)
                 raise UserError(
-                    f"{self.folder}: cannot be written ({error.strerror}); free up to {self.max_bytes / 1e9:.1f} GB there, "
+                    f"{self.folder}: cannot be written ({why}); free up to {self.max_bytes / 1e9:.1f} GB there, "
                     "or set GENVISION_CACHE to a folder on a disk with that much room"
                 ) from error
         self._mapped[name] = table

@@ -119,7 +119,7 @@ def open_source(spec: str) -> ImageSource:
     if not is_named and Path(spec).expanduser().exists():
         return _open_path(spec)
     if scheme == "encoded":
-        raise UserError(f"{spec}: holds codes, not images; give the images that it was made from (folder:, parquet:, npz:, digits)")
+        raise UserError(f"{spec}: holds codes, not images; give the images that it was made from (folder:, parquet:, wds:, ...)")
     if scheme not in SCHEMES:
         raise UserError(_unknown(spec, scheme))
     if scheme != "digits" and not rest:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,40 +15,57 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from genvision.config import flat_values, load_train_config, model_class, save_config
-from genvision.convert.readers import fill
 from genvision.data.datasets import BatchStream, bad_images_summary, batches
+from genvision.data.mixture import is_encoded
 from genvision.errors import UserError
 from genvision.images import make_grid, save_png, to_uint8
-from genvision.jobs.train_generator import PREVIEW_COLUMNS, GeneratorJob, image_dataset
+from genvision.jobs.train_data import data_hashes, held_out_batches, held_out_images, image_dataset
+from genvision.jobs.train_generator import COUNTED, PREVIEW_COLUMNS, GeneratorJob
+from genvision.jobs.train_start import start_weights
 from genvision.pipeline import save_parts
-from genvision.processes import process_state
-from genvision.tokenizers.base import load_tokenizer
+from genvision.processes import from_main, process_state
 from genvision.tokenizers.lpips import LPIPSOptions, load_lpips
 from genvision.tokenizers.perceptual import TimmPerceptual
 from genvision.training import rng
 from genvision.training.adversary import Discrimination
 from genvision.training.config import TrainConfig
 from genvision.training.loop import train
-from genvision.training.optim import freeze_all_but
+from genvision.training.run_lock import NAME as RUN_LOCK
+from genvision.training.run_lock import RunLock
+from genvision.training.stage import Identity, Observers
+from genvision.training.throughput import training_flops
 from genvision.training.tokenizer_loss import TokenizerLossConfig
 from genvision.training.tokenizer_stage import TokenizerStage
 
 FREE_TO_CHANGE = {
-    "num_steps",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "preview_every",
-    "max_skipped_steps",
-    "tracker",
-    "num_workers",
+    "output_dir",
+    "data.spec",
+    "data.num_workers",
+    "data.validation",
+    "tokenizer",
+    "train.num_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.preview_every",
+    "train.validate_every",
+    "train.validate_num",
+    "train.max_skipped_steps",
+    "train.rewind_after",
+    "train.stall_seconds",
+    "train.gradient_checkpointing",
+    "train.tracker",
 }
-"""Options that a resumed run may change. All but num_steps leave the weights of every step as they were; what follows the length of a run,
-a cosine of the learning rate or the distillation of nested networks, goes on along the new one."""
+"""Options that may change when a run goes on, those of `scores` too. Data and tokenizer may lie elsewhere: their hashes are compared. All
+but num_steps leave the weights of every step as they were; what follows the length of a run, a decay of the learning rate or the
+distillation of nested networks, goes on along the new one."""
 
 
-def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
-    """Train; returns the finished model's folder, or None if the run was asked to stop before the end.
+def run_training(config: TrainConfig, *, allow_change: frozenset[str] = frozenset()) -> Path | None:
+    """Train, or go on with the run in `config.output_dir`; returns the finished model's folder, or None if it was asked to stop before.
+
+    Args:
+        allow_change: dotted options, `data`, `order` and `tokenizer`, that may differ from what the run was started with.
 
     Raises:
         UserError: the configuration, the data, the output folder or a checkpoint cannot be used.
@@ -60,18 +78,24 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> Path | None:
     except ValueError as error:
         raise UserError(f"train.precision {config.train.precision}: {' '.join(str(error).split())}") from error
     job = _TokenizerJob(config) if config.stage == "tokenizer" else GeneratorJob(config)
-    if accelerator.is_main_process:
-        _prepare_output(config, output, resume)
-    accelerator.wait_for_everyone()
-    try:
-        return _run(config, accelerator, job, output, resume)
-    except UserError:
-        if accelerator.is_main_process:
-            _forget_empty_run(output)
-        raise
+    with ExitStack() as stack:
+        changes = from_main(lambda: _open_run(config, output, allow_change, stack))
+        try:
+            return _run(config, accelerator, job, output, allow_change, changes)
+        except UserError:
+            if accelerator.is_main_process:
+                _forget_empty_run(output)
+            raise
 
 
-def _run(config: TrainConfig, accelerator: Accelerator, job: "_TokenizerJob | GeneratorJob", output: Path, resume: bool) -> Path | None:
+def _run(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    job: "_TokenizerJob | GeneratorJob",
+    output: Path,
+    allow_change: frozenset[str],
+    changes: dict[str, Any],
+) -> Path | None:
     if config.train.tracker:
         accelerator.init_trackers("genvision", config={"config": yaml.safe_load((output / "config.yaml").read_text())})
     streams: list[BatchStream] = []
@@ -82,20 +106,29 @@ def _run(config: TrainConfig, accelerator: Accelerator, job: "_TokenizerJob | Ge
                 job.dataset,
                 seed=config.seed,
                 start_step=start_step,
-                end_step=config.train.num_steps,
                 batch_size=config.train.batch_size,
                 rank=rank,
                 world_size=world_size,
                 num_workers=job.num_workers,
+                pin_memory=accelerator.device.type == "cuda",
             )
         )
         return streams[-1]
 
-    done = train(config, accelerator, job.stage, stream, resume=resume, preview=partial(job.preview, output / "previews"))
-    if done and accelerator.is_main_process:
+    other_data_has_another_order = {"order"} if "data" in allow_change else set()
+    identity = Identity(hashes=from_main(job.hashes), may_change=allow_change | other_data_has_another_order, changes=changes)
+    observers = Observers(
+        preview=partial(job.preview, output / "previews"),
+        held_out=job.held_out,
+        scores=job.scores,
+        flops_per_sample=job.flops_per_sample() if accelerator.device.type == "cuda" else None,
+    )
+    model = train(config, accelerator, job.stage, stream, observers=observers, identity=identity)
+    if model is not None and accelerator.is_main_process:
         part = output / "model.part"
         shutil.rmtree(part, ignore_errors=True)
-        job.export(part, {"data": config.data.spec, "steps": config.train.num_steps, "seed": config.seed, "torch": torch.__version__})
+        facts = {"data": config.data.spec, "steps": config.train.num_steps, "seed": config.seed, "torch": torch.__version__}
+        job.export(part, model, facts)
         shutil.rmtree(output / "model", ignore_errors=True)
         part.replace(output / "model")
     accelerator.wait_for_everyone()
@@ -103,26 +136,24 @@ def _run(config: TrainConfig, accelerator: Accelerator, job: "_TokenizerJob | Ge
     if bad_images:
         print(bad_images_summary(bad_images), file=sys.stderr)
     accelerator.end_training()
-    return output / "model" if done else None
+    return output / "model" if model is not None else None
 
 
-def _prepare_output(config: TrainConfig, output: Path, resume: bool) -> None:
+def _open_run(config: TrainConfig, output: Path, allow_change: frozenset[str], stack: ExitStack) -> dict[str, Any]:
+    """Lock the folder of a run, and write down its configuration; gives the options that were changed, to their old and new values."""
     saved = output / "config.yaml"
-    if output.exists() and any(output.iterdir()):
-        if not resume:
-            raise UserError(f"{output}: already holds another run's results; choose another output_dir, or go on with that run by --resume")
-        if not saved.is_file():
-            raise UserError(f"{output}: is not a run of genvision train (config.yaml is missing); choose another output_dir")
-        _check_same(saved, config)
-    output.mkdir(parents=True, exist_ok=True)
+    if output.exists() and any(path.name != RUN_LOCK for path in output.iterdir()) and not saved.is_file():
+        raise UserError(f"{output}: is not a run of genvision train (config.yaml is missing); choose another output_dir")
+    stack.enter_context(RunLock(output))
+    changes = _changes(saved, config, allow_change) if saved.is_file() else {}
     save_config(config, saved)
+    return changes
 
 
 def _forget_empty_run(output: Path) -> None:
     """Leave no folder behind a run that failed before its first step."""
-    if [path.name for path in output.iterdir()] == ["config.yaml"]:
-        (output / "config.yaml").unlink()
-        output.rmdir()
+    if {path.name for path in output.iterdir()} <= {"config.yaml", RUN_LOCK}:
+        shutil.rmtree(output)
 
 
 def _check_tracker(name: str | None) -> None:
@@ -132,26 +163,35 @@ def _check_tracker(name: str | None) -> None:
         raise UserError(f"train.tracker {name}: is unknown or not installed; installed are: {', '.join(available) or 'none'}")
 
 
-def _check_same(saved: Path, config: TrainConfig) -> None:
+def _changes(saved: Path, config: TrainConfig, allow_change: frozenset[str]) -> dict[str, Any]:
+    """Options that differ from what the run was started with, to their old and new values.
+
+    Raises:
+        UserError: one of them would change the result, and that is not allowed.
+    """
     old, new = flat_values(yaml.safe_load(saved.read_text())), flat_values(config)
     if younger := new.keys() - old.keys():  # options that the run did not know yet: it did what their defaults do
         defaults = flat_values(load_train_config(["--config", str(saved)])[0])
         old |= {key: defaults.get(key) for key in younger}
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and key.split(".")[-1] not in FREE_TO_CHANGE:
+    changed = {key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
+    for key, (before, now) in changed.items():
+        if key not in FREE_TO_CHANGE | allow_change and not key.startswith("scores."):
             raise UserError(
-                f"{saved}: the run was started with {key} {old.get(key)}, now it is {new.get(key)}; give the old value to resume, "
-                "or choose another output_dir"
+                f"{saved}: the run was started with {key} {before}, now it is {now}; give the old value to go on, choose another "
+                f"output_dir, or accept another result by --allow-change {key}"
             )
+    return changed
 
 
 class _TokenizerJob:
     """Images in, a tokenizer folder out."""
 
     def __init__(self, config: TrainConfig) -> None:
-        data = config.data
-        if data.spec.startswith("encoded:"):
-            raise UserError(f"data.spec {data.spec}: a tokenizer is trained on images; give digits, folder:, parquet: or npz:")
+        self.config, data = config, config.data
+        if is_encoded(data.spec):
+            raise UserError(
+                f"data.spec {data.spec}: a tokenizer is trained on images; give those that these were made from"
+            )
         if data.image_size is None:
             raise UserError("data.image_size is missing; a tokenizer needs the side of its training images")
         if data.posterior != "mean" or data.features is not None:
@@ -164,9 +204,9 @@ class _TokenizerJob:
             if loss.adversarial.discriminator != "none":
                 adversary = Discrimination(loss.adversarial, config.optim, data.image_size)
         self.model.check_image_size(data.image_size)
-        if config.init_from is not None:
-            fill(self.model, load_tokenizer(config.init_from).state_dict(), f"init_from {config.init_from}")
-        freeze_all_but(self.model, config.optim.train_only)
+        if config.lora.rank:
+            raise UserError(f"lora.rank {config.lora.rank}: adapters are for generators; train parts of a tokenizer by optim.train_only")
+        start_weights(config, self.model)
         if loss.adversarial.adaptive and not self.model.last_layer.requires_grad:
             raise UserError(
                 "loss.adversarial.adaptive compares gradients at the last layer, which optim.train_only leaves out; add decoder to it"
@@ -184,15 +224,28 @@ class _TokenizerJob:
             steps_per_pass=-(-len(self.dataset) // loop.batch_size),
         )
 
-    def preview(self, folder: Path, step: int) -> None:
+        self.held_out = held_out_batches(config, held_out_images(config, data.image_size), data.num_workers)
+        self.scores = None
+        if config.scores.every:
+            raise UserError("scores.every: samples are drawn by a generator; a tokenizer is measured by genvision reconstruct, set it to 0")
+
+    def flops_per_sample(self) -> float:
+        """Of forward and backward pass of the tokenizer, without an adversary's."""
+        images = self.dataset.get_batch(np.arange(COUNTED), np.arange(COUNTED) % len(self.dataset))["images"]
+        return training_flops(lambda: self.model(images)) / COUNTED
+
+    def hashes(self) -> dict[str, str]:
+        return data_hashes(self.config, self.dataset)
+
+    def preview(self, folder: Path, step: int, model: Any) -> None:
         """Originals in one row, what comes back below."""
         indices = np.linspace(0, len(self.dataset) - 1, PREVIEW_COLUMNS).astype(int)
-        images = torch.stack([self.dataset.plain(int(i)) for i in indices]).to(self.model.device)
-        pairs = np.concatenate([to_uint8(images), to_uint8(self.model.decode(self.model.encode(images)))])
+        images = torch.stack([self.dataset.plain(int(i)) for i in indices]).to(model.device)
+        pairs = np.concatenate([to_uint8(images), to_uint8(model.decode(model.encode(images)))])
         save_png(make_grid(pairs, PREVIEW_COLUMNS, row_names=["image", "decoded"]), folder / f"step_{step:08d}.png")
 
-    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        save_parts(folder, {"tokenizer": self.model})
+    def export(self, folder: Path, model: Any, provenance: dict[str, Any]) -> None:
+        save_parts(folder, {"tokenizer": model})
 
 
 def load_perceptual(loss: TokenizerLossConfig) -> nn.Module | None:

@@ -1,58 +1,58 @@
 """The generator stage of `genvision train`: which model, objective and sampler belong together, and what they are trained on."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from genvision.config import model_class
 from genvision.data.datasets import ImageDataset
-from genvision.data.encoded import EncodedDataset
-from genvision.data.sources import open_source
+from genvision.data.mixture import is_encoded, open_encoded
 from genvision.errors import UserError
 from genvision.images import make_grid, save_png
+from genvision.jobs.online_scores import OnlineScores
+from genvision.jobs.train_data import data_hashes, held_out_batches, held_out_images, image_dataset
+from genvision.jobs.train_start import start_weights
 from genvision.objectives.base import Objective
-from genvision.objectives.model_guidance import ModelGuidanceConfig
 from genvision.pipeline import ImagePipeline
-from genvision.processes import process_state
 from genvision.samplers.base import Sampler
 from genvision.tokenizers.base import TokenizerSpec, content_hash, open_tokenizer
 from genvision.training import rng
-from genvision.training.config import TrainConfig
+from genvision.training.config import ScoresConfig, TrainConfig
 from genvision.training.generator_stage import GeneratorStage
+from genvision.training.lora import merge_lora, save_adapter
+from genvision.training.throughput import training_flops
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
 UNCONDITIONAL = "image"
 """Name of the one class of a model that knows none."""
-SCORED_AT_ONCE = 250
-"""Samples of one batch, where Model-guidance follows their FID."""
+COUNTED = 8
+"""Samples of the batch whose FLOPs are counted."""
 
 
 class GeneratorJob:
     """Codes and labels in, a pipeline folder out."""
 
     def __init__(self, config: TrainConfig) -> None:
-        data = config.data
-        if config.init_from is not None:
-            raise UserError(
-                f"init_from {config.init_from}: is for the tokenizer stage; a generator starts from new weights, or goes on by --resume"
-            )
+        self.config, data = config, config.data
         if config.tokenizer is None:
             raise UserError("tokenizer is missing; give the folder of the tokenizer, for example --tokenizer runs/vq/model")
         self.dataset: Any
-        if data.spec.startswith("encoded:"):
-            folder = Path(data.spec.removeprefix("encoded:"))
-            size = EncodedDataset(folder).index["image_size"]
+        if is_encoded(data.spec):
+            self.dataset = _encoded_dataset(config, data.spec)
+            size = self.dataset.image_size
             self.tokenizer = open_tokenizer(config.tokenizer, size)
-            aligned = bool(config.model.get("align_depth"))
-            self.dataset = EncodedDataset(
-                folder, expected_tokenizer_hash=content_hash(self.tokenizer), seed=config.seed, with_features=aligned, views=data.views
-            )
+            self.tokenizer_hash = content_hash(self.tokenizer)
+            self.dataset.check_tokenizer(self.tokenizer_hash)
             code_shape = tuple(self.dataset.code_shape)
             self.num_workers = data.num_workers if self.dataset.has_posterior else 0  # memory-mapped codes need no decoding
         else:
             self.tokenizer = open_tokenizer(config.tokenizer, data.image_size)
+            self.tokenizer_hash = content_hash(self.tokenizer)
             size = data.image_size or self.tokenizer.spec.image_size
             self.tokenizer.check_image_size(size)
             self.dataset = image_dataset(config, size)
@@ -61,7 +61,7 @@ class GeneratorJob:
         _check_posterior(config, self.tokenizer.spec, self.dataset)
         names = list(self.dataset.label_names)
         num_classes = config.model.get("num_classes") or len(names)
-        highest = int(self.dataset.labels.max())
+        highest = self.dataset.highest_label
         if highest >= num_classes:
             raise UserError(f"{data.spec}: has label {highest}, but model.num_classes is {num_classes}; it must be at least {highest + 1}")
         self.label_names = (names + [str(i) for i in range(len(names), num_classes)])[:num_classes]
@@ -69,6 +69,8 @@ class GeneratorJob:
         self.model, objective, self.sampler = build(config, self.tokenizer.spec, code_shape, num_classes)
         if self.model.is_unconditional:
             self.label_names = [UNCONDITIONAL]
+        start_weights(config, self.model, label_names=self.label_names, tokenizer=self.tokenizer)
+        self.has_adapters = bool(config.lora.rank)
         _check_views(config)
         scale = self.sampler.config["guidance_scale"]
         if scale != 1 and not self.model.has_null_label:
@@ -86,80 +88,74 @@ class GeneratorJob:
             features=_features(config, self.model, self.dataset),
             sample_posterior=data.posterior == "sample",
             seed=config.seed,
-            fid=self._scorer(config, objective),
+            fid=self._guidance_scores(config, objective),
         )
+        self.scores = None
+        if config.scores.every:
+            self.scores = OnlineScores(config.scores, self.pipeline(self.model), data=data.spec, seed=config.seed)
+        self.held_out = held_out_batches(config, self._held_out_dataset(config, size), self.num_workers)
 
-    def preview(self, folder: Path, step: int) -> None:
+    def hashes(self) -> dict[str, str]:
+        return data_hashes(self.config, self.dataset) | {"tokenizer": self.tokenizer_hash}
+
+    def preview(self, folder: Path, step: int, model: Any) -> None:
         """Some images of some classes, a class a row; the same numbers at every step."""
         classes = np.linspace(0, len(self.label_names) - 1, min(PREVIEW_ROWS, len(self.label_names))).astype(int)
-        pipeline = self.pipeline()
-        pipeline.tokenizer.to(self.model.device)
+        pipeline = self.pipeline(model)
+        pipeline.tokenizer.to(model.device)
         images = pipeline(np.repeat(classes, PREVIEW_COLUMNS).tolist(), output_type="np").images
         names = [self.label_names[i] for i in classes]
         save_png(make_grid(images, PREVIEW_COLUMNS, row_names=names), folder / f"step_{step:08d}.png")
 
-    def pipeline(self) -> ImagePipeline:
-        return ImagePipeline(self.model, self.tokenizer, self.sampler, self.label_names)
+    def pipeline(self, model: Any) -> ImagePipeline:
+        return ImagePipeline(model, self.tokenizer, self.sampler, self.label_names)
 
-    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        self.pipeline().save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance})
+    def export(self, folder: Path, model: Any, provenance: dict[str, Any]) -> None:
+        if self.has_adapters:
+            try:
+                save_adapter(model, folder / "adapter")
+            except UserError as error:  # the merged model holds all of it
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+            merge_lora(model)
+        self.pipeline(model).save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance})
 
-    def _scorer(self, config: TrainConfig, objective: Objective) -> "_SampleFID | None":
+    def flops_per_sample(self) -> float:
+        """Of forward and backward pass of the generator."""
+        with torch.no_grad():
+            batch = self.stage.coded(self.dataset.get_batch(np.arange(COUNTED), np.arange(COUNTED) % len(self.dataset)))
+        return training_flops(lambda: self.stage.objective(self.model, batch)) / COUNTED
+
+    def _guidance_scores(self, config: TrainConfig, objective: Objective) -> Callable[[nn.Module], float] | None:
         """What Model-guidance follows with its scale, if it does."""
         if objective.guidance is None or not objective.guidance.config.auto_every:
             return None
-        return _SampleFID(config, objective.guidance.config, self.pipeline())
+        auto = objective.guidance.config
+        options = ScoresConfig(num=auto.auto_num, reference=auto.auto_reference, extractor=auto.auto_extractor, weights=auto.auto_weights)
+        pipeline, key = self.pipeline(self.model), "loss.guidance.auto_reference"
+        scores = OnlineScores(options, pipeline, data=config.data.spec, seed=config.seed, key=key)
+        return lambda model: scores(model)["fid"]
+
+    def _held_out_dataset(self, config: TrainConfig, image_size: int) -> Any:
+        """What the validation loss is measured on, if it is; of the kind that is trained on."""
+        spec = config.data.validation
+        if spec is None or not config.train.validate_every:
+            return None
+        if is_encoded(spec) != is_encoded(config.data.spec):
+            raise UserError(f"data.validation {spec}: must hold codes if and only if data.spec {config.data.spec} does; encode it alike")
+        dataset: Any = _encoded_dataset(config, spec) if is_encoded(spec) else held_out_images(config, image_size)
+        if dataset.label_names != self.dataset.label_names:
+            raise UserError(
+                f"data.validation {spec}: its classes are not those of data.spec {config.data.spec}; give images of the same ones"
+            )
+        if is_encoded(spec):
+            dataset.check_tokenizer(self.tokenizer_hash)
+            _check_posterior(config, self.tokenizer.spec, dataset)
+        return dataset
 
 
-class _SampleFID:
-    """FID of new samples of a model in training: the same sample numbers every time, each process draws its share.
-
-    Raises:
-        UserError: the reference or the extractor cannot be used; before the first step.
-    """
-
-    def __init__(self, config: TrainConfig, guidance: ModelGuidanceConfig, pipeline: ImagePipeline) -> None:
-        from genvision.eval.features import ExtractorOptions
-        from genvision.eval.job import EvaluationOptions
-        from genvision.jobs.fid import SampledSet, plan_sampled
-        from genvision.jobs.sample import SampleRequest
-
-        reference = guidance.auto_reference or config.data.spec
-        if reference.startswith("encoded:"):
-            raise UserError("loss.guidance.auto_reference is missing; the data holds codes, so name real images to score samples against")
-        weights = Path(guidance.auto_weights) if guidance.auto_weights is not None else None
-        options = EvaluationOptions(
-            protocol="digits" if guidance.auto_extractor == "digits" else "adm",
-            metrics=("fid",),
-            extractor=guidance.auto_extractor,
-            networks=ExtractorOptions(inception_weights=weights, device=str(process_state().device)),
-            show_progress=False,
-        )
-        request = SampleRequest(num=guidance.auto_num, classes=tuple(range(len(pipeline.label_names))), seed=config.seed)
-        self.sampled = SampledSet(pipeline=pipeline, request=request, model="the model in training")
-        self.plan = plan_sampled(self.sampled, reference, options)
-
-    def __call__(self) -> float:
-        """For all processes at once; the same number in each."""
-        from genvision.eval.distributed import same_everywhere
-        from genvision.eval.hygiene import hash_images
-        from genvision.eval.measurement import shares
-        from genvision.eval.moments import frechet_distance
-
-        state, plan, num = process_state(), self.plan, self.sampled.request.num
-        pipeline = self.sampled.pipeline
-        pipeline.tokenizer.to(pipeline.device)
-        measurement = plan.measurement()
-        for chunk in shares(num, min(SCORED_AT_ONCE, -(-num // state.num_processes)))[state.process_index :: state.num_processes]:
-            images, _ = self.sampled.draw(chunk)
-            measurement.add(np.arange(chunk.start, chunk.stop), plan.networks.rows(images, plan.rows), hash_images(images))
-        measured, score = measurement.finish(num), 0.0
-        if state.is_main_process:  # which alone has the reference
-            assert plan.reference is not None
-            score = frechet_distance(measured.moments("pool"), plan.reference.statistics["pool"])
-        known = same_everywhere(score)
-        assert isinstance(known, float)
-        return known
+def _encoded_dataset(config: TrainConfig, spec: str) -> Any:
+    aligned, data = bool(config.model.get("align_depth")), config.data
+    return open_encoded(spec, seed=config.seed, with_features=aligned, views=data.views, shuffle_window=data.shuffle_window)
 
 
 class _Parts(NamedTuple):
@@ -264,7 +260,7 @@ def _features(config: TrainConfig, model: Any, dataset: Any) -> nn.Module | None
             )
         return None
     network: Any = None
-    if isinstance(dataset, EncodedDataset):
+    if not isinstance(dataset, ImageDataset):
         if dataset.features is None:
             raise UserError(
                 f"model.align_depth {align_depth}: {data.spec} has no features of a frozen network; encode again with --features"
@@ -295,7 +291,7 @@ def _check_posterior(config: TrainConfig, spec: TokenizerSpec, dataset: Any) -> 
     wanted = config.data.posterior
     if spec.discrete and wanted == "sample":
         raise UserError(f"data.posterior sample: {config.tokenizer} makes discrete codes, which have no posterior; leave it out")
-    if not isinstance(dataset, EncodedDataset):
+    if isinstance(dataset, ImageDataset):
         return
     stored = "sample" if dataset.has_posterior else "mean"
     if wanted != stored:
@@ -310,19 +306,3 @@ def _check_views(config: TrainConfig) -> None:
         raise UserError("data.views 2: only mage's contrastive loss compares views; set loss.contrastive_weight above 0, or views to 1")
     if weight and views == 1:
         raise UserError(f"loss.contrastive_weight {weight}: compares two views of each image; set data.views to 2, or the weight to 0")
-
-
-def image_dataset(config: TrainConfig, image_size: int) -> ImageDataset:
-    """The images of a run, cropped and flipped as its configuration says."""
-    data = config.data
-    source = open_source(data.spec)
-    return ImageDataset(
-        source,
-        image_size,
-        crop=data.crop,
-        flip=data.flip,
-        min_area=data.min_area,
-        seed=config.seed,
-        views=data.views,
-        on_bad_image=data.on_bad_image,
-    )

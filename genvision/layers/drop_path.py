@@ -26,7 +26,7 @@ def stochastic_depth(blocks: Sequence[nn.Module], rate: float) -> Iterator[None]
     assert 0 <= rate < 1, rate
     thinned = [(block, rate * i / max(len(blocks) - 1, 1)) for i, block in enumerate(blocks) if rate * i > 0]
     for block, own in thinned:
-        # no hook: some models call `forward` itself, which hooks do not see
+        # not a hook, which whoever calls `forward` itself would pass by
         block.forward = partial(_run, block, block.forward, own)
     try:
         yield

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from genvision.kernels.attention import attention
+from genvision.layers.checkpointing import Trunk
 from genvision.layers.mlp import GEGLU
 from genvision.layers.rotary import rotate_rows
 
@@ -62,11 +63,8 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Transformer(nn.Module):
+class Transformer(Trunk, nn.Module):
     """Blocks and a final LayerNorm."""
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin.enable_gradient_checkpointing
 
     def __init__(self, dim: int, depth: int, num_heads: int, hidden_dim: int) -> None:
         super().__init__()
@@ -76,10 +74,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """x [B, N, C]; rotary [N, D / 2, 2] for all blocks and heads alike, or [depth, H, N, D / 2, 2]."""
-        for i, block in enumerate(self.blocks):
-            table = rotary[i] if rotary is not None and rotary.dim() == 5 else rotary
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, table)
-            else:
-                x = block(x, table)
-        return self.norm(x)
+
+        def call(i: int, x: Tensor) -> Tensor:
+            return self.blocks[i](x, rotary[i] if rotary is not None and rotary.dim() == 5 else rotary)
+
+        return self.norm(self.run_blocks(call, len(self.blocks), x))

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from genvision.errors import UserError, check_sizes
+from genvision.layers.checkpointing import Trunk
 from genvision.layers.embed import LabelEmbedding, TimeEmbedding, grid_positions, sincos_table
 from genvision.layers.mlp import MLP, PackedSwiGLU
 from genvision.layers.modulation import add_gated, modulate
@@ -33,7 +34,7 @@ CHOICES = {
 }
 
 
-class DiT(Generator, ModelMixin, ConfigMixin):
+class DiT(Trunk, Generator, ModelMixin, ConfigMixin):
     """Predicts noise, data or velocity of noisy latents, told time and class; the defaults are DiT-S/2 without learned variance.
 
     Sizes are depth, hidden_dim, num_heads: S 12, 384, 6; B 12, 768, 12; L 24, 1024, 16; XL 28, 1152, 16.
@@ -70,7 +71,6 @@ class DiT(Generator, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    gradient_checkpointing = False
 
     @register_to_config
     def __init__(
@@ -223,7 +223,7 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         x = self._tokens(codes)
         states = {0: x}
         for layer, block in enumerate(self.each_block()[: max(layers)], start=1):
-            x = block(x, block.modulation(condition), self.rotary)
+            x = block.conditioned(x, condition, self.rotary)
             if layer in layers:
                 states[layer] = x
         return [states[layer] for layer in layers]
@@ -240,20 +240,17 @@ class DiT(Generator, ModelMixin, ConfigMixin):
         self, x: Tensor, t: Tensor, labels: Tensor, drop: Tensor | None, scale: Tensor | None, modulation: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Head outputs [B, N, ...], and hidden states where projectors need them."""
-        hidden, aligned = self._tokens(x), None
-        widths = [block.modulation.out_features for block in self.each_block()] + [2 * hidden.shape[-1]]
+        hidden, blocks, depth = self._tokens(x), self.each_block(), self.config.align_depth
+        widths = [block.modulation.out_features for block in blocks] + [2 * hidden.shape[-1]]
         parts = modulation.split(widths, dim=1) if modulation is not None else None
         condition = F.silu(self.condition(t, labels, drop, scale)) if modulation is None else hidden.new_empty(0)
-        for i, block in enumerate(self.each_block()):
-            if parts is not None:
-                hidden = block(hidden, parts[i], self.rotary)
-            elif self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = self._gradient_checkpointing_func(block.conditioned, hidden, condition, self.rotary)
-            else:
-                hidden = block.conditioned(hidden, condition, self.rotary)
-            if i + 1 == self.config.align_depth:
-                aligned = hidden
-        return self.head(hidden, self.head.modulation(condition) if parts is None else parts[-1]), aligned
+
+        def call(i: int, x: Tensor) -> Tensor:
+            return blocks[i].conditioned(x, condition, self.rotary) if parts is None else blocks[i](x, parts[i], self.rotary)
+
+        hidden = aligned = self.run_blocks(call, depth, hidden)
+        hidden = self.run_blocks(lambda i, x: call(depth + i, x), len(blocks) - depth, hidden)
+        return self.head(hidden, self.head.modulation(condition) if parts is None else parts[-1]), aligned if depth else None
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -300,8 +297,11 @@ class Block(nn.Module):
         self.mlp = mlp
         self.modulation = nn.Linear(dim, (6 if use_shift else 4) * dim)
 
-    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor | None) -> Tensor:
-        """`modulation` [B, 6C]: shift, scale and gate of attention, then of the feed-forward block; [B, 4C] without shifts."""
+    def forward(self, x: Tensor, modulation: Tensor | None, rotary: Tensor | None, condition: Tensor | None = None) -> Tensor:
+        """`modulation` [B, 6C]: shift, scale and gate of attention, then of the feed-forward block; [B, 4C] without shifts. None makes
+        it of `condition`."""
+        if modulation is None:
+            modulation = self.modulation(condition)
         shift1: Tensor | None
         shift2: Tensor | None
         if self.use_shift:
@@ -313,8 +313,8 @@ class Block(nn.Module):
         return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def conditioned(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
-        """The same from silu(c) [B, C]."""
-        return self.forward(x, self.modulation(condition), rotary)
+        """The same from silu(c) [B, C]; the layer that makes the modulation is part of the call, as sharded weights need it."""
+        return self(x, None, rotary, condition)
 
 
 class Head(nn.Module):

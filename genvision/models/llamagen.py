@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from genvision.errors import UserError, check_rates, check_sizes
 from genvision.layers.attention import Attention, KVCache
+from genvision.layers.checkpointing import Trunk
 from genvision.layers.embed import LabelEmbedding, TextEmbedding
 from genvision.layers.mlp import SwiGLU, swiglu_hidden_dim
 from genvision.layers.norm import RMSNorm
 from genvision.layers.rotary import rotary_table, rotary_table_2d
+from genvision.layers.token_loss import TokenLosses, TokenTargets, layer_loss
 from genvision.models.base import Generator, check_class_dropout
 
 
-class LlamaGen(Generator, ModelMixin, ConfigMixin):
+class LlamaGen(Trunk, Generator, ModelMixin, ConfigMixin):
     """Predicts image tokens one after another from a class label or text features.
 
     Args:
@@ -52,7 +54,6 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    gradient_checkpointing = False
     is_causal = True
 
     @register_to_config
@@ -136,7 +137,14 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=init_std)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        codes: Tensor,
+        condition: Tensor,
+        condition_mask: Tensor | None = None,
+        drop: Tensor | None = None,
+        targets: TokenTargets | None = None,
+    ) -> Tensor | TokenLosses:
         """Logits of the next token after every given one, all in parallel.
 
         Args:
@@ -144,18 +152,16 @@ class LlamaGen(Generator, ModelMixin, ConfigMixin):
             condition: labels int64 [B], or text features [B, P, F], left-padded.
             condition_mask: [B, P], true where text is no padding.
             drop: boolean [B], whose condition is replaced by the null one; None draws it in training.
+            targets: of all n + 1 predictions.
 
         Returns:
-            float32 [B, n + 1, V]; position i is the prediction of token i.
+            float32 [B, n + 1, V]; position i is the prediction of token i. With targets, what these predictions cost.
         """
         x = self.embed_dropout(torch.cat([self.condition_embed(condition, drop), self.token_embed(codes)], dim=1))  # [B, P + n, C]
         rotary, mask = self.rotary[: x.shape[1]], self._prefix_mask(condition_mask, x.shape[1])
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, rotary, mask)
-            else:
-                x = block(x, rotary, mask)
-        return self.head(self.norm(x[:, self.prefix_length - 1 :])).float()
+        x = self.run_blocks(lambda i, x: self.blocks[i](x, rotary, mask), len(self.blocks), x)
+        x = self.norm(x[:, self.prefix_length - 1 :])
+        return self.head(x).float() if targets is None else layer_loss(self.head, x, targets)
 
     def hidden_states(self, codes: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """See `Generator.hidden_states`; codes int64 [B, h, w] or [B, N], P + N positions a layer."""

@@ -16,14 +16,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from genvision.errors import UserError, check_rates, check_sizes
+from genvision.layers.checkpointing import Trunk
 from genvision.layers.nested import NestedAttention, NestedMLP, TokenCache
+from genvision.layers.token_loss import TokenTargets, head_loss
 from genvision.models.masked import MaskedGenerator, positions_within
 
 INIT_STD = 0.02
 """Of the word table and the position tables; linear layers start Xavier-uniform with zero biases."""
 
 
-class MAGE(MaskedGenerator, ModelMixin, ConfigMixin):
+class MAGE(Trunk, MaskedGenerator, ModelMixin, ConfigMixin):
     """Predicts masked tokens from the others; the defaults are ViT-B, told a class.
 
     Sizes are hidden_dim, depth, num_heads; decoder_dim, decoder_depth, decoder_num_heads: B 768, 12, 12; 768, 8, 16. L 1024, 24, 16; 1024,
@@ -51,7 +53,6 @@ class MAGE(MaskedGenerator, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    gradient_checkpointing = False
     prefix_length = 1
 
     @register_to_config
@@ -134,24 +135,24 @@ class MAGE(MaskedGenerator, ModelMixin, ConfigMixin):
         nesting: int = 1,
         cache: TokenCache | None = None,
         fresh: Tensor | None = None,
+        targets: TokenTargets | None = None,
         with_features: bool = False,
     ) -> Any:
-        """Logits of tokens, see `MaskedGenerator.forward` for the arguments that are not explained here.
+        """Logits of tokens, or what they cost, see `MaskedGenerator.forward` for the arguments that are not explained here.
 
         Args:
             kept: int64 [B, Q], ascending, the tokens that the encoder sees in training, known or masked; None is all. Not with a cache.
             with_features: give what the encoder makes of the tokens, too.
 
         Returns:
-            float32 [B, M, K]; with features, also the encoder's normalised outputs [B, 1 + Q, C] of the class token and the tokens that it
-            saw, or, with contrastive_dim Z, the projection of these tokens' mean, [B, Z].
+            float32 [B, M, K], or `TokenLosses`; with features, also the encoder's normalised outputs [B, 1 + Q, C] of the class token and
+            the tokens that it saw, or, with contrastive_dim Z, the projection of these tokens' mean, [B, Z].
         """
         assert kept is None or cache is None, "a cache holds all tokens"
         codes, read = codes.flatten(1), kept if fresh is None else fresh
         rows = None if read is None else F.pad(read + 1, (1, 0))  # the class token is always read
         x = self._embed(codes, labels, drop, rows)
-        for layer, block in enumerate(self.blocks):
-            x = self._run(block, x, nesting, cache, layer, rows)
+        x = self._run(self.blocks, x, nesting, cache, 0, rows)
         features = self.norm(x)  # [B, 1 + Q, C]
 
         x = self.decoder_embed(features)
@@ -161,16 +162,18 @@ class MAGE(MaskedGenerator, ModelMixin, ConfigMixin):
         if kept is not None and rows is not None:  # what the encoder did not see looks like what is masked
             x = class_token.expand(-1, 1 + self.num_tokens, -1).scatter(1, rows.unsqueeze(-1).expand_as(x), x)
         x = x + (self.decoder_positions if fresh is None else self.decoder_positions[rows])
-        for layer, block in enumerate(self.decoder_blocks, start=len(self.blocks)):
-            x = self._run(block, x, nesting, cache, layer, rows)
-        x = x[:, 1:]
+        x = self._run(self.decoder_blocks, x, nesting, cache, len(self.blocks), rows)[:, 1:]
         if where is not None:
             chosen = where if fresh is None else positions_within(fresh, where)
             x = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, M, D]
-        logits = self.head(self.decoder_norm(x), self.words.weight)
+        x = self.decoder_norm(x)
+        if targets is None:
+            predicted = self.head(x, self.words.weight)
+        else:
+            predicted = head_loss(self.head.read(x), self.head.known_words(self.words.weight), self.head.bias, targets)
         if not with_features:
-            return logits
-        return logits, features if self.projector is None else self.projector(features[:, 1:].mean(1))
+            return predicted
+        return predicted, features if self.projector is None else self.projector(features[:, 1:].mean(1))
 
     def hidden_states(self, codes: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """See `Generator.hidden_states`: the encoder's blocks, without its last norm; codes int64 [B, h, w] or [B, N], 1 + N positions.
@@ -224,10 +227,13 @@ class MAGE(MaskedGenerator, ModelMixin, ConfigMixin):
         null = labels == self.null_label
         return torch.where(null if drop is None else null | drop, self.null_word, self.codebook_size + labels).unsqueeze(1)
 
-    def _run(self, block: nn.Module, x: Tensor, nesting: int, cache: TokenCache | None, layer: int, rows: Tensor | None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, x, nesting, cache, layer, rows)
-        return block(x, nesting, cache, layer, rows)
+    def _run(self, blocks: nn.ModuleList, x: Tensor, nesting: int, cache: TokenCache | None, first: int, rows: Tensor | None) -> Tensor:
+        """Through blocks of which the first is the layer `first` of the cache."""
+
+        def call(i: int, x: Tensor) -> Tensor:
+            return blocks[i](x, nesting, cache, first + i, rows)
+
+        return self.run_blocks(call, len(blocks), x, writes_cache=cache is not None)
 
 
 class Block(nn.Module):
@@ -256,7 +262,15 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         """x [B, M, D] and the word table [K + S + 1, C]: float32 [B, M, K]."""
-        return F.linear(self.norm(F.gelu(self.fc(x))), words[: len(self.bias)].detach(), self.bias).float()
+        return F.linear(self.read(x), self.known_words(words), self.bias).float()
+
+    def read(self, x: Tensor) -> Tensor:
+        """What is compared with the words, [B, M, C]."""
+        return self.norm(F.gelu(self.fc(x)))
+
+    def known_words(self, words: Tensor) -> Tensor:
+        """Those of the codes, [K, C]."""
+        return words[: len(self.bias)].detach()
 
 
 class Projector(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genvision.errors import UserError
 from genvision.layers.nested import TokenCache
+from genvision.layers.token_loss import TokenLosses, TokenTargets
 from genvision.models.base import Generator
 
 
@@ -37,7 +38,8 @@ class MaskedGenerator(Generator):
         nesting: int = 1,
         cache: TokenCache | None = None,
         fresh: Tensor | None = None,
-    ) -> Tensor:
+        targets: TokenTargets | None = None,
+    ) -> Tensor | TokenLosses:
         """Logits of tokens.
 
         Args:
@@ -49,9 +51,10 @@ class MaskedGenerator(Generator):
             cache: keys and values of all positions. A pass without `fresh` fills it; one with `fresh` reads these tokens alone, besides
                 the condition, and everything else from the cache.
             fresh: int64 [B, Q], the tokens that are read, in ascending order; `where` must be among them.
+            targets: of the M predictions.
 
         Returns:
-            float32 [B, M, K].
+            float32 [B, M, K]; with targets, what these predictions cost.
         """
 
     @abstractmethod

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from genvision.errors import UserError, check_rates, check_sizes
+from genvision.layers.checkpointing import Trunk
 from genvision.layers.embed import LabelEmbedding
 from genvision.layers.mlp import swiglu_hidden_dim
 from genvision.layers.nested import NestedAttention, NestedMLP, NestedSwiGLU, TokenCache
+from genvision.layers.token_loss import TokenLosses, TokenTargets, head_loss, layer_loss
 from genvision.models.base import check_class_dropout
 from genvision.models.masked import MaskedGenerator, positions_within
 from genvision.models.maskgit_blocks import ModulatedBlock, ModulatedNorm, PostNormBlock, PreNormBlock, TiedHead
@@ -26,7 +28,7 @@ BLOCKS = {"post_norm": PostNormBlock, "pre_norm": PreNormBlock, "modulated": Mod
 CHOICES = {"block": tuple(BLOCKS), "mlp": ("gelu", "gelu_tanh", "swiglu"), "head": ("linear", "tied", "mlm")}
 
 
-class MaskGIT(MaskedGenerator, ModelMixin, ConfigMixin):
+class MaskGIT(Trunk, MaskedGenerator, ModelMixin, ConfigMixin):
     """Predicts unknown image tokens from all known ones and a class; the defaults are Halton-MaskGIT-B (arXiv:2503.17076).
 
     Of the published networks that one is the default for training from scratch: blocks that start as the identity and normalised queries
@@ -62,7 +64,6 @@ class MaskGIT(MaskedGenerator, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("PostNormBlock", "PreNormBlock", "ModulatedBlock")
-    gradient_checkpointing = False
 
     @register_to_config
     def __init__(
@@ -176,8 +177,9 @@ class MaskGIT(MaskedGenerator, ModelMixin, ConfigMixin):
         nesting: int = 1,
         cache: TokenCache | None = None,
         fresh: Tensor | None = None,
+        targets: TokenTargets | None = None,
         whole_vocabulary: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | TokenLosses:
         """See `MaskedGenerator.forward`; with `fresh` and without `where`, logits of the tokens that are read.
 
         Args:
@@ -192,7 +194,9 @@ class MaskGIT(MaskedGenerator, ModelMixin, ConfigMixin):
         else:
             index = self.prefix_length + (where if fresh is None else positions_within(fresh, where))
             x = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # [B, M, C]
-        return self._predict(x, condition, whole_vocabulary).float()
+        if self.norm is not None:
+            x = self.norm(x, condition) if isinstance(self.norm, ModulatedNorm) else self.norm(x)
+        return self._predict(x, whole_vocabulary).float() if targets is None else self._loss(x, targets)
 
     def multiply_adds(self, num_read: int, num_predicted: int, nesting: int = 1) -> int:
         """See `MaskedGenerator.multiply_adds`."""
@@ -248,31 +252,41 @@ class MaskGIT(MaskedGenerator, ModelMixin, ConfigMixin):
         depth: int | None = None,
     ) -> Tensor:
         """Through the first `depth` blocks, or all; what each of them gives is added to `states`."""
-        middle = len(self.skip_layers)
-        skips: list[Tensor] = []
-        for i, block in enumerate(self.blocks[:depth]):
+        middle, num = len(self.skip_layers), len(self.blocks[:depth])
+
+        def call(i: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            """State is what the block reads, and before it what earlier ones left for later ones."""
+            *skips, x = state
             if middle and i > middle:
                 x = self.skip_layers[i - middle - 1](torch.cat([x, skips.pop()], dim=-1))
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, condition, nesting)
-            else:
-                x = block(x, condition, nesting, cache, i, rows)
+            x = self.blocks[i](x, condition, nesting, cache, i, rows)
             if i < middle:
                 skips.append(x)
-            if states is not None:
-                states.append(x)
-        return x
+            return *skips, x
 
-    def _predict(self, x: Tensor, condition: Tensor | None, whole_vocabulary: bool) -> Tensor:
-        """Hidden states [B, M, C] -> logits [B, M, K], or [B, M, vocabulary_size]."""
-        if self.norm is not None:
-            x = self.norm(x, condition) if isinstance(self.norm, ModulatedNorm) else self.norm(x)
+        state: tuple[Tensor, ...] = (x,)
+        if states is None:
+            return self.run_blocks(call, num, state, writes_cache=cache is not None)[-1]
+        for i in range(num):
+            state = call(i, state)
+            states.append(state[-1])
+        return state[-1]
+
+    def _predict(self, x: Tensor, whole_vocabulary: bool) -> Tensor:
+        """Normalised hidden states [B, M, C] -> logits [B, M, K], or [B, M, vocabulary_size]."""
         if isinstance(self.to_logits, nn.Linear):
             return self.to_logits(x)
         table = self.token_embed.weight
         if not whole_vocabulary:
             return self.to_logits(x, table, self.codebook_size)
         return self.to_logits(x, torch.cat([table, self.label_embed.table.weight]), self.vocabulary_size)
+
+    def _loss(self, x: Tensor, targets: TokenTargets) -> TokenLosses:
+        """Of the logits of the codes, from the same."""
+        if isinstance(self.to_logits, nn.Linear):
+            return layer_loss(self.to_logits, x, targets)
+        count = self.codebook_size
+        return head_loss(self.to_logits.read(x), self.token_embed.weight[:count], self.to_logits.bias[:count], targets)
 
     def _initialize(self, std: float) -> None:
         for module in self.modules():

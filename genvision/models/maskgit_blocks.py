@@ -118,6 +118,10 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, count: int) -> Tensor:
         """x [B, Q, C] and embeddings of the vocabulary [V, C]; logits of its first `count` entries, [B, Q, count]."""
-        if self.dense is not None and self.norm is not None:
-            x = self.norm(gelu_tanh(self.dense(x)))
-        return F.linear(x, table[:count], self.bias[:count])
+        return F.linear(self.read(x), table[:count], self.bias[:count])
+
+    def read(self, x: Tensor) -> Tensor:
+        """What is compared with the embeddings, [B, Q, C]."""
+        if self.dense is None or self.norm is None:
+            return x
+        return self.norm(gelu_tanh(self.dense(x)))

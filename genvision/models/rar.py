@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from genvision.errors import UserError, check_rates, check_sizes
 from genvision.layers.attention import Attention, KVCache
+from genvision.layers.checkpointing import Trunk
 from genvision.layers.embed import LabelEmbedding
 from genvision.layers.nested import NestedMLP
+from genvision.layers.token_loss import TokenLosses, TokenTargets, layer_loss
 from genvision.models.base import Generator, check_class_dropout
 
 PREFIX = 2
@@ -32,7 +34,7 @@ PLACES_AT_ONCE = 16
 make_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class RAR(Generator, ModelMixin, ConfigMixin):
+class RAR(Trunk, Generator, ModelMixin, ConfigMixin):
     """Predicts image tokens one after another, in raster or any other order; the defaults are RAR-B.
 
     Sizes are hidden_dim, depth, mlp_dim, with 16 heads: B 768, 24, 3072; L 1024, 24, 4096; XL 1280, 32, 5120; XXL 1408, 40, 6144.
@@ -55,7 +57,6 @@ class RAR(Generator, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    gradient_checkpointing = False
     is_causal = True
     prefix_length = PREFIX
 
@@ -114,7 +115,15 @@ class RAR(Generator, ModelMixin, ConfigMixin):
         self.head = Head(hidden_dim, codebook_size)
         self._initialize(init_std)
 
-    def forward(self, codes: Tensor, labels: Tensor, *, orders: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        codes: Tensor,
+        labels: Tensor,
+        *,
+        orders: Tensor | None = None,
+        drop: Tensor | None = None,
+        targets: TokenTargets | None = None,
+    ) -> Tensor | TokenLosses:
         """Logits of every token, each from those before it in the order, all in parallel.
 
         Args:
@@ -122,21 +131,22 @@ class RAR(Generator, ModelMixin, ConfigMixin):
             labels: int64 [B]; `null_label` for none.
             orders: int64 [B, N], the positions of each image in the order in which they are read; None is raster.
             drop: boolean [B], whose label is replaced by the null one; None draws it in training.
+            targets: of all predictions, in the order in which they are made.
 
         Returns:
-            float32 [B, N, K]; entry i is the prediction of the token at position orders[:, i].
+            float32 [B, N, K]; entry i is the prediction of the token at position orders[:, i]. With targets, what these predictions cost.
         """
         codes = codes.flatten(1)
         orders = self._raster(codes) if orders is None else orders
         label = self.label_embed(labels, drop)  # [B, 1, C]
         x = self._sequence(codes.gather(1, orders)[:, :-1], label, orders)  # [B, L, C]; the last token is never read
         condition = self._condition(label, x.shape[1])
-        for block in self._each_block():
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block.conditioned, x, condition)
-            else:
-                x = block.conditioned(x, condition)
-        return self.head(x[:, 1:], self.head.modulation(condition[:, 1:])).float()
+        blocks = self._each_block()
+        x = self.run_blocks(lambda i, x: blocks[i].conditioned(x, condition), len(blocks), x)
+        modulation = self.head.modulation(condition[:, 1:])
+        if targets is None:
+            return self.head(x[:, 1:], modulation).float()
+        return layer_loss(self.head.linear, self.head.read(x[:, 1:], modulation), targets)
 
     def hidden_states(self, codes: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """See `Generator.hidden_states`; raster order, [B, 2 + N, C] a layer."""
@@ -292,15 +302,19 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(dim), mlp
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x: Tensor, modulation: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """`modulation` [B, L, 6 C]: shift, scale and gate of attention, then of the feed-forward block."""
+    def forward(
+        self, x: Tensor, modulation: Tensor | None, cache: KVCache | None = None, layer: int = 0, condition: Tensor | None = None
+    ) -> Tensor:
+        """`modulation` [B, L, 6 C]: shift, scale and gate of attention, then of the feed-forward block; None makes it of `condition`."""
+        if modulation is None:
+            modulation = self.modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x.addcmul(gate1, self.attention(shift1.addcmul(self.norm1(x), 1 + scale1), cache=cache, layer=layer))
         return x.addcmul(gate2, self.mlp(shift2.addcmul(self.norm2(x), 1 + scale2)))
 
     def conditioned(self, x: Tensor, condition: Tensor) -> Tensor:
-        """The same from silu(c) [B, L, C]."""
-        return self.forward(x, self.modulation(condition))
+        """The same from silu(c) [B, L, C]; the layer that makes the modulation is part of the call, as sharded weights need it."""
+        return self(x, None, condition=condition)
 
 
 class Head(nn.Module):
@@ -313,5 +327,9 @@ class Head(nn.Module):
         self.linear = nn.Linear(dim, codebook_size)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        return self.linear(self.read(x, modulation))
+
+    def read(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """What the linear layer reads."""
         scale, shift = modulation.chunk(2, dim=-1)
-        return self.linear(shift.addcmul(self.norm(x), 1 + scale))
+        return shift.addcmul(self.norm(x), 1 + scale)

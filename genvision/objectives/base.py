@@ -20,6 +20,9 @@ class Objective:
     needs_average = False
     """`begin_step` must be given a network with the averaged weights."""
 
+    validation_step = 0
+    """The step whose draws validation uses, so that they never change."""
+
     def begin_step(self, step: int, averaged: Network | None) -> None:
         """Called before every optimiser step.
 

@@ -5,14 +5,13 @@ Shapes: B samples, N tokens, M tokens with a loss, K codebook entries.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from genvision.errors import UserError
+from genvision.layers.token_loss import TokenLosses, TokenTargets
 from genvision.models.masked import MaskedGenerator
 from genvision.objectives.base import Network, Objective
 from genvision.objectives.contrastive import info_nce
@@ -82,24 +81,26 @@ class MaskedTokens(Objective):
     def __call__(self, model: Network, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Objective`; codes are int64 [B, ...], or [B, 2, ...] for two views of each image."""
         task = self.task(batch)
-        predict = partial(self.predict, model, task)
-        error = partial(self.reconstruction, task)
-        logits, features = predict(with_features=True) if self.contrasts else (predict(), None)
-        label_loss = error(logits, None)
-        nested = self.nested.losses(self.step, logits, lambda factor: predict(nesting=factor), error)
-        loss = torch.stack([label_loss, *(term.trained for term in nested.values())]).mean()
-        terms = {"loss": loss, "accuracy": task.accuracy(logits), "masked": task.share}
+        targets = self.targets(task)
+
+        def predict(factor: int, teacher: Tensor | None, label_share: float) -> TokenLosses:
+            taught = targets._replace(teacher=teacher, label_share=label_share)
+            losses: TokenLosses = model(task.codes, task.labels, **task.told, nesting=factor, targets=taught)
+            return losses
+
+        options = {"with_features": True} if self.contrasts else {}
+        output = model(task.codes, task.labels, **task.told, **options, targets=targets)
+        losses, features = output if self.contrasts else (output, None)
+        nested = self.nested.losses(self.step, losses, predict)
+        loss = torch.stack([losses.loss, *(term.loss for term in nested.values())]).mean()
+        terms = {"loss": loss, "accuracy": task.accuracy(losses.correct), "masked": task.share}
         if nested:
-            terms |= {"loss_p1": label_loss.detach()} | {f"loss_p{factor}": term.label for factor, term in nested.items()}
+            terms |= {"loss_p1": losses.label_loss} | {f"loss_p{factor}": term.label_loss for factor, term in nested.items()}
         if features is not None:
             terms["reconstruction"] = loss.detach()
             terms["contrastive"] = info_nce(features, self.config.contrastive_temperature)
             terms["loss"] = loss + self.config.contrastive_weight * terms["contrastive"]
         return terms
-
-    def predict(self, model: Network, task: "Task", **options: Any) -> Any:
-        """What the network says: logits [B, M, K], and features where the options ask for them."""
-        return model(task.codes, task.labels, **task.told, **options)
 
     def task(self, batch: dict[str, Tensor]) -> "Task":
         """What the network is told about a batch, and what it should say; two views of B images are 2B rows, first views first."""
@@ -126,10 +127,10 @@ class MaskedTokens(Objective):
             targets, weights, masked = (tensor.gather(1, told["where"]) for tensor in (targets, weights, masked))
         return Task(hidden, labels.repeat(views), told, targets, weights, masked, share)
 
-    def reconstruction(self, task: "Task", logits: Tensor, teacher: Tensor | None) -> Tensor:
-        """Loss against labels, smoothed, or against a teacher's probabilities, as they are."""
-        targets, smoothing = (task.targets, self.config.label_smoothing) if teacher is None else (teacher, 0.0)
-        return masked_cross_entropy(logits, targets, task.weights, smoothing=smoothing, reduction=self.config.reduction)
+    def targets(self, task: "Task") -> TokenTargets:
+        """What a network should say, and what a nested one must know of it to teach others."""
+        distils = bool(self.nested.factors) and self.config.distillation
+        return TokenTargets(task.targets, task.weights, self.config.reduction, self.config.label_smoothing, keep_hidden=distils)
 
 
 class Task(NamedTuple):
@@ -150,30 +151,9 @@ class Task(NamedTuple):
     share: Tensor
     """Of masked tokens among all."""
 
-    def accuracy(self, logits: Tensor) -> Tensor:
-        """Part of the masked tokens whose best guess is right."""
-        right = (logits.detach().argmax(-1) == self.targets) & self.masked
-        return right.sum() / self.masked.sum().clamp(min=1)
-
-
-def masked_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.1, reduction: Literal["sample", "batch"] = "sample"
-) -> Tensor:
-    """Weighted mean cross-entropy in nats.
-
-    Args:
-        logits: [B, M, K].
-        targets: int64 [B, M], or probabilities [B, M, K].
-        weights: [B, M]; a sample without any weight costs 0.
-        smoothing: part of each target that is spread evenly over all K.
-        reduction: `sample` is the weighted mean of each sample, then the mean of samples; `batch` the weighted mean over all tokens.
-    """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(0, 1), reduction="none", label_smoothing=smoothing)
-    weights = weights.float()
-    weighted = losses.view(weights.shape) * weights
-    if reduction == "batch":
-        return weighted.sum() / weights.sum().clamp(min=1e-8)
-    return (weighted.sum(1) / weights.sum(1).clamp(min=1e-8)).mean()
+    def accuracy(self, correct: Tensor) -> Tensor:
+        """Part of the masked tokens whose best guess is right, from where it is, boolean [B, M]."""
+        return (correct & self.masked).sum() / self.masked.sum().clamp(min=1)
 
 
 def check(config: MaskedLossConfig, model: Any) -> None:

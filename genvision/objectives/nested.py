@@ -11,16 +11,17 @@ that a step trains: the shares are the same, but the loss stays in the range of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from genvision.errors import UserError
+from genvision.layers.token_loss import TokenLosses
 from genvision.streams import IndexedStreams, Purpose
 
-Error = Callable[[Tensor, Tensor | None], Tensor]
-"""Loss of logits [B, M, K] against a teacher's probabilities of the same shape; None: against the labels."""
+Predict = Callable[[int, Tensor | None, float], TokenLosses]
+"""Losses of the nested network M_p, from p, what its teacher's last layer read, and the share of the labels; all keep `hidden`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +44,6 @@ class NestedLossConfig:
             raise UserError(
                 f"loss.nested must hold different factors of at least 2, got {list(self.nested)}; 1, the whole network, always trains"
             )
-
-
-class NestedTerm(NamedTuple):
-    """The loss of one nested network."""
-
-    trained: Tensor
-    """What is minimised."""
-    label: Tensor
-    """Against labels alone, without gradient: comparable between networks and over the run."""
 
 
 class NestedTraining:
@@ -81,24 +73,21 @@ class NestedTraining:
         """The factor of the network that M_factor learns from."""
         return 1 if self.config.teacher == "largest" else max((1, *(p for p in self.factors if p < factor)))
 
-    def losses(self, step: int, logits: Tensor, predict: Callable[[int], Tensor], error: Error) -> dict[int, NestedTerm]:
-        """Losses by factor.
+    def losses(self, step: int, whole: TokenLosses, predict: Predict) -> dict[int, TokenLosses]:
+        """Losses by factor; those against labels alone are comparable between networks and over the run.
 
         Args:
             step: optimiser steps done.
-            logits: of the whole network.
-            predict: gives those of a nested one.
+            whole: of the whole network.
         """
-        known, terms, share = {1: logits}, {}, self.label_share(step)
-        for factor in self.trained(step):
-            known[factor] = predict(factor)
-            label = trained = error(known[factor], None)
+        known, factors, share = {1: whole}, self.trained(step), self.label_share(step)
+        for factor in factors:
+            teacher = None
             if share < 1:
-                teacher = self.teacher(factor)
-                if teacher not in known:
+                number = self.teacher(factor)
+                if number not in known:
                     with torch.no_grad():
-                        known[teacher] = predict(teacher)
-                probabilities = known[teacher].detach().softmax(-1)
-                trained = share * label + (1 - share) * error(known[factor], probabilities)
-            terms[factor] = NestedTerm(trained, label.detach())
-        return terms
+                        known[number] = predict(number, None, 1.0)
+                teacher = known[number].hidden
+            known[factor] = predict(factor, teacher, share)
+        return {factor: known[factor] for factor in factors}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from genvision.errors import UserError
+from genvision.layers.token_loss import TokenTargets
 from genvision.objectives.base import Network, Objective
 from genvision.objectives.draws import TrainingDraws
-from genvision.objectives.next_token import next_token_loss
 from genvision.streams import Purpose
 
 
@@ -52,6 +52,7 @@ class PermutedTokens(Objective):
         self.label_dropout = generator.config.class_dropout
         self.baselines = {"loss": math.log(generator.config.codebook_size)}
         self.random_share = config.random_share(0)
+        self.validation_step = config.anneal_end
 
     def begin_step(self, step: int, averaged: Network | None) -> None:
         self.random_share = self.config.random_share(step)
@@ -62,14 +63,8 @@ class PermutedTokens(Objective):
         draws = TrainingDraws(self.seed, batch["positions"])
         orders, is_random = token_orders(draws, codes.shape[1], self.random_share)
         drop = draws.uniform(Purpose.LABEL_DROPOUT) < self.label_dropout
-        logits = model(codes, batch["labels"], orders=orders, drop=drop)  # [B, N, K]
-        targets = codes.gather(1, orders)
-        accuracy = (logits.detach().argmax(-1) == targets).float().mean()
-        return {
-            "loss": next_token_loss(logits, targets),
-            "accuracy": torch.as_tensor(accuracy),
-            "random_order": is_random.float().mean(),
-        }
+        losses = model(codes, batch["labels"], orders=orders, drop=drop, targets=TokenTargets(codes.gather(1, orders)))
+        return {"loss": losses.loss, "accuracy": losses.correct.float().mean(), "random_order": is_random.float().mean()}
 
 
 def token_orders(draws: TrainingDraws, num_tokens: int, random_share: float) -> tuple[Tensor, Tensor]:

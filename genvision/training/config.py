@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from genvision.data.transforms import MIN_AREA, Crop
 from genvision.errors import UserError
+from genvision.training.lora import LoRAConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,13 @@ class DataConfig:
     """What is trained on."""
 
     spec: str
-    """Where it comes from: digits, folder:PATH, parquet:GLOB, npz:FILE, or encoded:DIR for a generator."""
+    """Where it comes from: digits, folder:PATH, parquet:GLOB, wds:GLOB, hub:NAME, ... (genvision.data.sources lists them), encoded:DIR
+    for a generator, or a mixture of several, mix:..."""
+    validation: str | None = None
+    """The same of images or codes that are not trained on, for the loss every train.validate_every steps."""
+    shuffle_window: int | None = None
+    """Samples that are shuffled among each other. Unless told, a set of up to four million is shuffled as a whole, and one that is read
+    over a network in windows, block by block."""
     image_size: int | None = None
     """Side of the training images in pixels; an encoded data set has its own."""
     crop: Crop = "center"
@@ -46,6 +53,8 @@ class DataConfig:
             raise UserError(f"data.num_workers must be at least 0, got {self.num_workers}")
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"data.image_size must be at least 1, got {self.image_size}")
+        if self.shuffle_window is not None and self.shuffle_window < 1:
+            raise UserError(f"data.shuffle_window must be at least 1, got {self.shuffle_window}")
         if not 0 < self.min_area <= 1:
             raise UserError(f"data.min_area must be above 0 and at most 1, got {self.min_area}")
         if self.min_area != MIN_AREA and self.crop != "resized":
@@ -69,14 +78,19 @@ class OptimConfig:
     """Applied to tensors of two or more dimensions."""
     warmup_steps: int = 0
     """Steps of linear rise."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """What follows the warm-up: nothing, or half a cosine or a line down to final_lr_ratio."""
+    decay_steps: int | None = None
+    """Steps of that decay, the last ones of the run, with a constant rate before them (warm-up, stable, decay); null decays from the
+    warm-up on."""
     final_lr_ratio: float = 0.0
-    """Part of `lr` that cosine decay ends at."""
+    """Part of `lr` that the decay ends at."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; null leaves them."""
     train_only: tuple[str, ...] = ()
-    """Parts of the model that are trained, by the beginnings of their names (decoder, decoder.conv_out); empty: all of it."""
+    """Parts of the model that are trained: `attention` (its layers, whatever their names), `norms` (scales and biases of normalisation, not
+    the layers that make modulations), beginnings of names (decoder, decoder.conv_out), or shell patterns of whole names
+    (blocks.*.mlp.*); empty: all of it."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "warmup_steps", "final_lr_ratio"):
@@ -84,6 +98,10 @@ class OptimConfig:
                 raise UserError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas must lie in [0, 1), got {self.betas}")
+        if self.decay_steps is not None and (self.decay_steps < 1 or self.schedule == "constant"):
+            raise UserError(
+                f"optim.decay_steps {self.decay_steps}: must be at least 1, for optim.schedule cosine or linear, which is {self.schedule}"
+            )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UserError(f"optim.max_grad_norm must be above 0, got {self.max_grad_norm}; null turns it off")
 
@@ -100,8 +118,9 @@ class LoopConfig:
     """Parts in which each process handles its share of the batch."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of forward and backward passes; weights stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    gradient_checkpointing: Literal["none", "block", "sqrt"] = "none"
+    """Recompute activations in the backward pass to save memory: of every block by itself, or of the square root of their number together,
+    which keeps less."""
     compile: bool = False
     """Compile the model with torch.compile."""
     ema_decays: tuple[float, ...] = (0.9999,)
@@ -118,20 +137,58 @@ class LoopConfig:
     preview_every: int = 5000
     """Steps between preview pictures; 0 makes none."""
     max_skipped_steps: int = 100
-    """Steps with a loss or gradient that is not finite (these change nothing) after which the run stops."""
+    """Steps with a loss or gradient that is not finite, or has exploded (these change nothing) after which the run stops."""
+    explode_factor: float | None = None
+    """A loss above so many times its running mean counts as bad as one that is not finite; null lets every finite loss pass."""
+    rewind_after: int = 0
+    """After so many such steps in a row the run goes back to the last checkpoint before them, and on with later data; 0: never."""
+    stall_seconds: float = 1800.0
+    """A step that stands still for so long ends its process with status 75, with a line that names rank and phase; 0 waits for ever."""
+    validate_every: int = 0
+    """Steps between losses on data.validation, with the averaged weights; 0 measures none."""
+    validate_num: int = 10000
+    """Samples of it, spread evenly over it; of all processes together."""
     tracker: str | None = None
     """Any tracker Accelerate knows (tensorboard, wandb, trackio); metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("num_steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "validate_num"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("preview_every", "max_skipped_steps"):
+        for name in ("preview_every", "max_skipped_steps", "rewind_after", "stall_seconds", "validate_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+        if self.explode_factor is not None and not self.explode_factor > 1:
+            raise UserError(f"train.explode_factor must be above 1, got {self.explode_factor}; null turns it off")
         for decay in self.ema_decays:
             if not 0 < decay < 1:
                 raise UserError(f"train.ema_decays must lie between 0 and 1, got {decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig:
+    """Scores of samples that are drawn during training with the averaged weights."""
+
+    every: int = 0
+    """Steps between scores; 0 makes none."""
+    num: int = 1000
+    """Samples that are scored each time."""
+    reference: str | None = None
+    """Real images to compare with: folder:PATH, parquet:GLOB, digits, or a file of statistics; the training images unless told."""
+    extractor: str = "inception"
+    """Network of the FID's features; digits for digits."""
+    weights: str | None = None
+    """Local file of its weights, where it is inception."""
+    batch_size: int = 64
+    """Samples that a process draws at a time."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise UserError(f"scores.every must be at least 0, got {self.every}")
+        if self.num < 2:
+            raise UserError(f"scores.num must be at least 2, got {self.num}")
+        if self.batch_size < 1:
+            raise UserError(f"scores.batch_size must be at least 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +212,14 @@ class TrainConfig:
     tokenizer: str | None = None
     """Generator stage: folder of the tokenizer that makes its codes."""
     init_from: str | None = None
-    """Tokenizer stage: folder of a tokenizer of the same build whose weights the run starts with."""
+    """Folder of a trained or imported model, or of a run, whose weights the run starts with; classes and image size may differ, see
+    genvision.training.warm_start."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Generator stage: adapters that are trained in place of the weights."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Options of the stage's objective."""
+    scores: ScoresConfig = ScoresConfig()
+    """Generator stage: scores of samples during training."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """Generator stage: default protocol of the sampler, used for previews and saved with the model."""
 

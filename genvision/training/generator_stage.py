@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from genvision.objectives.base import Objective
 from genvision.streams import IndexedStreams, Purpose
 from genvision.training.ema import EMA
+from genvision.training.stage import AveragedModel
 
 
 class GeneratorStage:
@@ -22,7 +23,7 @@ class GeneratorStage:
         features: makes a frozen network's features of such images [B, N, Z], where the objective wants them.
         sample_posterior: of batches that hold images: draw latents from the posterior instead of taking its mean.
         seed: of those samples.
-        fid: draws samples from the model as it is and scores them, for an objective whose guidance follows that.
+        fid: draws samples from a model and scores them, for an objective whose guidance follows that.
     """
 
     def __init__(
@@ -34,16 +35,21 @@ class GeneratorStage:
         features: nn.Module | None = None,
         sample_posterior: bool = False,
         seed: int = 0,
-        fid: Callable[[], float] | None = None,
+        fid: Callable[[nn.Module], float] | None = None,
     ) -> None:
         self.model, self.objective, self.tokenizer = model, objective, tokenizer.requires_grad_(False).eval()
         self.features = features.requires_grad_(False).eval() if features is not None else None
         self.sample_posterior, self.seed = sample_posterior, seed
         self.baselines: dict[str, float] = objective.baselines
         self.adversary = None
-        self.fid, self.averages = fid, EMA(model, ())
+        self.needs_average = objective.needs_average
+        self.fid = fid
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.objective(model, self.coded(batch))
+
+    def coded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch with `codes`, and with `features` where they are wanted, from its images if it has only those."""
         if "codes" not in batch:
             images = batch["images"]
             # codes are made in float32 whatever the generator's precision, as `genvision encode` makes them
@@ -52,7 +58,11 @@ class GeneratorStage:
                 batch = {**batch, "codes": self._codes(images, batch["positions"])}
                 if self.features is not None:
                     batch["features"] = self.features.to(images.device)(images)
-        return self.objective(model, batch)
+        return batch
+
+    def held_out_loss(self, model: nn.Module, batch: dict[str, Tensor], averages: EMA) -> dict[str, Tensor]:
+        self._begin(self.objective.validation_step, averages)  # the next before_step sets the right one again
+        return self.loss(model, batch)
 
     def _codes(self, images: Tensor, positions: Tensor) -> Tensor:
         """Of images [B, 3, H, W], or of views [B, V, 3, H, W]: [B, V, ...]."""
@@ -67,20 +77,20 @@ class GeneratorStage:
         return torch.addcmul(mean, std, noise.to(mean.device))
 
     def before_step(self, step: int, averages: EMA) -> None:
-        self.averages = averages
-        self.objective.begin_step(step, averages if averages.decays else None)
+        self._begin(step, averages)
 
-    def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
+    def _begin(self, step: int, averages: EMA) -> None:
+        self.objective.begin_step(step, averages if averages.network is not None else None)
+
+    def after_step(self, step: int, accelerator: Accelerator, averaged: AveragedModel) -> dict[str, float]:
         """Samples are drawn with the averaged weights and scored, by all processes together, where guidance follows that."""
         guidance = self.objective.guidance
         if guidance is None or not guidance.config.auto_every:
             return {}
         if step % guidance.config.auto_every == 0:
             assert self.fid is not None
-            self.model.eval()
-            with self.averages.applied():
-                guidance.adapt(self.fid())
-            self.model.train()
+            with averaged() as model:
+                guidance.adapt(self.fid(model))
         known = guidance.last_fid < float("inf")
         return {"guidance_scale": guidance.scale} | ({"guidance_fid": guidance.last_fid} if known else {})
 

@@ -1,15 +1,16 @@
 """One training loop for every stage, on Accelerate: steps, accumulation, clipping, averages, checkpoints, stop and resume.
 
-A run killed at any moment and resumed ends with bit-identical weights on the same hardware: data order, augmentation and
-learning rate are functions of the step, everything else is in the checkpoint.
+A run killed at any moment and started again ends with bit-identical weights on the same hardware: data order, augmentation and learning
+rate are functions of the step, everything else is in the checkpoint. On another number of processes it keeps the order of samples.
 """
 
-import signal
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from io import BytesIO
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,61 +18,25 @@ from torch import Tensor, nn
 
 from genvision import __version__
 from genvision.errors import UserError
+from genvision.layers.checkpointing import set_checkpointing
+from genvision.processes import from_main
 from genvision.training import rng
-from genvision.training.config import OptimConfig, TrainConfig
+from genvision.training.config import TrainConfig
 from genvision.training.ema import EMA
+from genvision.training.feed import Feed
+from genvision.training.interrupt import Interrupt
 from genvision.training.log import MetricLog
-from genvision.training.state import CheckpointFolder, save_tensors
+from genvision.training.peers import lost_contact
+from genvision.training.phases import Phases
+from genvision.training.saved_tensors import SavedTensors, saved_files
+from genvision.training.sharding import place, requested_sharding, whole
+from genvision.training.stage import Batch, Identity, Observers, Stage, Stream
+from genvision.training.state import CheckpointFolder
+from genvision.training.step import Stepper
 from genvision.training.trainee import Trainee
-
-Batch = dict[str, Tensor]
-
-
-class Stage(Protocol):
-    """What differs between training a tokenizer and training a generator."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    baselines: dict[str, float]
-    """Values to read terms against: the `loss` of guessing, say."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Named terms; `loss` is what is minimised. `model` is the wrapped form of `self.model`."""
-
-    @property
-    def adversary(self) -> "Adversary | None":
-        """A second network with an optimiser of its own, trained on the same batches right behind the model; None where there is none."""
-
-    def before_step(self, step: int, averages: EMA) -> None:
-        """Called when `step` steps are done, before the next one's batch; `averages` calls the model with its averaged weights."""
-
-    def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
-        """Called when `step` steps are done, before averages are taken; returns values to log."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beyond model and optimiser: tensors and plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Adversary(Protocol):
-    """A network that is trained against the model: a discriminator."""
-
-    @property
-    def network(self) -> nn.Module: ...
-
-    @property
-    def optim(self) -> OptimConfig: ...
-
-    def loss(self, batch: Batch) -> dict[str, Tensor] | None:
-        """Named terms, `adversary_loss` is what is minimised, of the batch that the stage's `loss` has just seen; None: not trained now."""
-
-
-class Stream(Protocol):
-    """Batches of this process from a step on."""
-
-    def __call__(self, start_step: int, rank: int, world_size: int) -> Iterable[Batch]: ...
+from genvision.training.validation import validate
+from genvision.training.watchdog import Watchdog
+from genvision.training.writer import CheckpointWriter, Files
 
 
 def train(
@@ -80,37 +45,36 @@ def train(
     stage: Stage,
     stream: Stream,
     *,
-    resume: bool = False,
-    preview: Callable[[int], None] | None = None,
-) -> bool:
-    """Run, or go on with, the training that `config` describes; leaves `stage.model` holding the first average.
+    observers: Observers | None = None,
+    identity: Identity | None = None,
+) -> nn.Module | None:
+    """Run, or go on with, the training that `config` describes; it begins at the newest checkpoint in the run's folder, if there is one.
 
     Args:
         accelerator: made with the precision of `config.train`.
         stream: gives this process its part of every global batch.
-        resume: start from the newest checkpoint in the run's folder, if there is one.
-        preview: called on the main process every `preview_every` steps while the model holds its averaged weights.
 
     Returns:
-        Whether all steps are done; False after SIGTERM or SIGINT, with a checkpoint written.
+        The finished model, whole and with the first average in it (`stage.model` itself, unless that is split over processes); None after
+        SIGTERM, SIGINT or SIGUSR1, with a checkpoint written.
 
     Raises:
-        UserError: a checkpoint is damaged, or too many steps were not finite.
+        UserError: no checkpoint can be read or written, data cannot be read, or too many steps were not finite.
     """
-    run = _Run(config, accelerator, stage)
-    if resume:
+    run = _Run(config, accelerator, stage, observers or Observers(), identity or Identity())
+    try:
         run.restore_newest()
-    done = run.steps(stream, preview)
-    if done:
-        average = run.ema.averages.get(config.train.ema_decays[0]) if config.train.ema_decays else None
-        if average is not None:
-            stage.model.load_state_dict(average)
-    return done
+        return run.finished_model() if run.steps(stream) else None
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        raise UserError(run.told_alone()) from error
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, stage: Stage) -> None:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, stage: Stage, observers: Observers, identity: Identity) -> None:
         self.config, self.accelerator, self.stage = config, accelerator, stage
+        self.observers, self.identity = observers, identity
         loop = config.train
         share = accelerator.num_processes * loop.accumulation
         if loop.batch_size % share:
@@ -120,189 +84,267 @@ class _Run:
             )
         self.output = Path(config.output_dir)
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", loop.keep_checkpoints)
-        if loop.gradient_checkpointing:
-            stage.model.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.phases = Phases()
+        self.sharding = requested_sharding(accelerator)
+        set_checkpointing(stage.model, loop.gradient_checkpointing)
+        self.whole_model = copy.deepcopy(stage.model) if self.sharding is not None else stage.model
+        average = copy.deepcopy(stage.model) if stage.needs_average and loop.ema_decays else None
+        steps = loop.num_steps
         if loop.compile:
             stage.model.compile()
-        steps = loop.num_steps
-        self.main = Trainee(stage.model, config.optim, steps, accelerator, files=("model.safetensors", "optimizer.pt"))
-        self.trainees = [self.main]
+        self.main = Trainee(stage.model, config.optim, steps, accelerator, names=("model", "optimizer"), sharding=self.sharding)
+        trainees = [self.main]
         if stage.adversary is not None:
-            files = ("adversary.safetensors", "adversary_optimizer.pt")
-            self.trainees.append(Trainee(stage.adversary.network, stage.adversary.optim, steps, accelerator, files=files, wrap=False))
-        self.ema = EMA(stage.model, loop.ema_decays, warmup=loop.ema_warmup)
-        self.step = self.skipped = 0
+            names = ("adversary", "adversary_optimizer")
+            trainees.append(Trainee(stage.adversary.network, stage.adversary.optim, steps, accelerator, names=names, wrap=False))
+        self.stepper = Stepper(accelerator, stage, trainees, loop.accumulation, loop.explode_factor)
+        if average is not None:
+            place(average, accelerator, self.sharding)
+        self.ema = EMA(stage.model, loop.ema_decays, warmup=loop.ema_warmup, network=average)
+        self.writer = CheckpointWriter(self.checkpoints, accelerator)
+        self.step = self.skipped = self.bad_in_a_row = self.rewinds = 0
+        self.data_shift = 0  # by how many steps the data is ahead, after a run was wound back
         rng.start(config.seed, 0, accelerator.process_index)
 
-    def steps(self, stream: Stream, preview: Callable[[int], None] | None) -> bool:
-        loop, accelerator = self.config.train, self.accelerator
+    def steps(self, stream: Stream) -> bool:
+        loop, accelerator, phases = self.config.train, self.accelerator, self.phases
+        if self.step >= loop.num_steps:
+            return True
         log = MetricLog(
             self.output / "metrics.jsonl",
             accelerator,
+            phases,
             start_step=self.step,
             num_steps=loop.num_steps,
             baselines=self.stage.baselines,
             every=loop.log_every,
+            flops_per_sample=self.observers.flops_per_sample,
         )
-        batches = iter(stream(self.step, accelerator.process_index, accelerator.num_processes))
-        with _Interrupt() as interrupt:
+        with ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt())
+            if loop.stall_seconds:
+                stack.enter_context(Watchdog(phases, accelerator.process_index, accelerator.num_processes, loop.stall_seconds))
+            stack.callback(log.close)
+            if self.identity.changes:
+                log.event("changed", options=dict(self.identity.changes))
+            feed = self._feed(stream)
             while self.step < loop.num_steps:
+                phases.step = self.step
                 self.stage.before_step(self.step, self.ema)
-                extra = self._one_step(next(batches), log)
+                rates = [trainee.set_learning_rate(self.step) for trainee in self.stepper.trainees]
+                phases.enter("forward_backward")
+                gradients = self.stepper.passes(feed.batch)
+                last = self.step + 1 == loop.num_steps
+                if not last:  # read now, so that a failure is known when the processes agree
+                    feed.advance()
+                phases.enter("agreement")
+                verdict = self.stepper.agree(gradients, stop=interrupt.asked, data_failed=feed.error is not None)
+                phases.enter("optimizer")
+                if self.stepper.update(gradients, verdict):
+                    log.add(gradients.terms, loop.batch_size)
+                    self.bad_in_a_row = 0
+                else:
+                    self._count_skipped()
+                    self.bad_in_a_row += 1
+                phases.enter("after_step")
                 self.step += 1
-                extra |= self.stage.after_step(self.step, accelerator)
+                told = self.stage.after_step(self.step, accelerator, self.averaged_model)
                 self.ema.update(self.step)
-                log.step_done(self.step, extra)
-                last = self.step == loop.num_steps
-                stop = self._agree(interrupt.asked) if accelerator.num_processes > 1 else interrupt.asked
-                if self.step % loop.checkpoint_every == 0 or last or stop:
+                log.step_done(self.step, {"lr": rates[0], **gradients.norms, **told, "skipped_steps": float(self.skipped)})
+                ends = last or verdict.stop or verdict.data_failed
+                if self.bad_in_a_row and self.bad_in_a_row == loop.rewind_after and not ends:
+                    self._rewind(log)
+                    feed.close()
+                    feed = self._feed(stream)
+                    continue
+                if self.step % loop.checkpoint_every == 0 or ends:
                     self.save()
-                if preview is not None and loop.preview_every and (self.step % loop.preview_every == 0 or last):
-                    self._preview(preview)
-                if stop and not last:
-                    log.close()
+                self._observe(log, last)
+                if ends:
+                    phases.enter("checkpoint")
+                    self.writer.wait(must_succeed=True)
+                if verdict.stop and not last:
                     return False
-        log.close()
+                if verdict.data_failed:
+                    raise feed.error or UserError(f"step {self.step}: another process could not read its data; its message says why")
         return True
 
-    def _one_step(self, batch: Batch, log: MetricLog) -> dict[str, float]:
-        loop, accelerator = self.config.train, self.accelerator
-        rates = [trainee.set_learning_rate(self.step) for trainee in self.trainees]
-        extra = {"lr": rates[0]}
-        totals: dict[str, Tensor] = {}
-        parts = [
-            dict(zip(batch, values, strict=True)) for values in zip(*(v.chunk(loop.accumulation) for v in batch.values()), strict=True)
-        ]
-        for i, part in enumerate(parts):
-            part = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in part.items()}
-            last = i == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(self.main.model):
-                with accelerator.autocast():
-                    terms = self.stage.loss(self.main.model, part)
-                accelerator.backward(terms["loss"] / len(parts))
-            terms |= self._adversary_terms(part, len(parts))
-            for name, value in terms.items():
-                totals[name] = totals.get(name, torch.zeros((), device=accelerator.device)) + value.detach() / len(parts)
-        active = [trainee for trainee in self.trainees if trainee is self.main or "adversary_loss" in totals]
-        finite = all(bool(torch.isfinite(totals[name])) for name in ("loss", "adversary_loss") if name in totals)
-        for trainee in active:
-            if trainee is not self.main:
-                trainee.average_gradients()
-            # an averaged gradient is the same everywhere, so the norm is, and so every process skips the same steps
-            norm = trainee.clip_gradients()
-            if norm is not None:
-                extra["grad_norm" if trainee is self.main else "adversary_grad_norm"] = norm
-                finite = finite and norm < float("inf")
-        if accelerator.num_processes > 1:
-            finite = not self._agree(not finite)
-        if finite or accelerator.scaler is not None:  # fp16's gradient scaler finds infinities itself and must see every step
-            for trainee in active:
-                trainee.optimizer.step()
-        if finite and not accelerator.optimizer_step_was_skipped:
-            log.add(totals, loop.batch_size)
-        else:
-            self._skip()
-        for trainee in self.trainees:
-            trainee.optimizer.zero_grad(set_to_none=True)
-        return extra | {"skipped_steps": float(self.skipped)}
+    def _feed(self, stream: Stream) -> Feed:
+        return Feed(stream, self.step + self.data_shift, self.accelerator, self.phases)
 
-    def _adversary_terms(self, part: Batch, num_parts: int) -> dict[str, Tensor]:
-        """Backward pass of the adversary, while both networks still have the weights with which the step began."""
-        if self.stage.adversary is None:
-            return {}
-        with self.accelerator.autocast():
-            terms = self.stage.adversary.loss(part)
-        if terms is None:
-            return {}
-        self.accelerator.backward(terms["adversary_loss"] / num_parts)
-        return terms
+    def told_alone(self) -> str:
+        """What to say when another process is gone."""
+        steps = self.checkpoints.steps()
+        place = f"from the checkpoint of step {steps[-1]}" if steps else "from its beginning"
+        return (
+            f"rank {self.accelerator.process_index}, step {self.step}, phase {self.phases.current}: lost contact with another process; its "
+            f"own message or the system's log (out of memory?) says why; the same command goes on {place}"
+        )
 
-    def _skip(self) -> None:
+    def _count_skipped(self) -> None:
         self.skipped += 1
         if self.skipped > self.config.train.max_skipped_steps:
+            self.writer.wait()
             steps = self.checkpoints.steps()
             kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was written yet"
+            what = "not finite" if self.config.train.explode_factor is None else "not finite or exploded"
             raise UserError(
-                f"step {self.step}: loss or gradient was not finite in {self.skipped} steps, so the run stops ({kept}); "
+                f"step {self.step}: loss or gradient was {what} in {self.skipped} steps, so the run stops ({kept}); "
                 "lower optim.lr, set optim.max_grad_norm, or use train.precision no"
             )
 
-    def _agree(self, mine: bool) -> bool:
-        """Whether it is true in any process."""
-        flag = torch.tensor(float(mine), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    def _preview(self, preview: Callable[[int], None]) -> None:
+    def _rewind(self, log: MetricLog) -> None:
+        """Go back to the last checkpoint before some bad steps, and on from there with data that comes after them."""
+        self.writer.wait()
+        data_step, skipped, rewinds = self.step + self.data_shift, self.skipped, self.rewinds + 1
+        failed_at, first_bad = self.step, self.step - self.bad_in_a_row
+        if not self._restore(at_most=first_bad):
+            raise UserError(
+                f"step {failed_at}: loss or gradient was bad in {failed_at - first_bad} steps in a row, and there is no checkpoint to go "
+                "back to; set train.checkpoint_every lower, or lower optim.lr"
+            )
+        self.data_shift, self.skipped, self.rewinds, self.bad_in_a_row = data_step - self.step, skipped, rewinds, 0
+        log.rewind(self.step)
         if self.accelerator.is_main_process:
-            self.stage.model.eval()
-            with self.ema.applied(), torch.inference_mode():
-                preview(self.step)
-            self.stage.model.train()
-        self.accelerator.wait_for_everyone()
+            why = f"loss or gradient was bad in {failed_at - first_bad} steps in a row"
+            print(f"step {failed_at}: {why}; going on from step {self.step} with the data behind them", file=sys.stderr, flush=True)
+
+    def _observe(self, log: MetricLog, last: bool) -> None:
+        """Previews, validation and scores, where it is time."""
+        loop, observers = self.config.train, self.observers
+
+        def due(every: int) -> bool:
+            return bool(every) and (self.step % every == 0 or last)
+
+        if observers.held_out is not None and due(loop.validate_every):
+            self.phases.enter("validation")
+            log.record(self._validation(observers.held_out))
+        if observers.preview is not None and due(loop.preview_every):
+            self.phases.enter("preview")
+            with self.averaged_model(everywhere=False) as model, torch.inference_mode():
+                if self.accelerator.is_main_process:
+                    try:
+                        observers.preview(self.step, model)
+                    except OSError as error:  # a full disk
+                        print(f"warning: step {self.step}: the preview was not written ({error})", file=sys.stderr, flush=True)
+            self.accelerator.wait_for_everyone()
+        if observers.scores is not None and due(self.config.scores.every):
+            self.phases.enter("scores")
+            with self.averaged_model() as model:
+                log.record({f"online_{name}": value for name, value in observers.scores(model).items()})
+
+    def _validation(self, held_out: Callable[[int, int], Iterable[Batch]]) -> dict[str, float]:
+        accelerator, model, stage = self.accelerator, self.main.model, self.stage
+        before = rng.state()
+        stage.model.eval()
+
+        def loss(batch: Batch) -> dict[str, Tensor]:
+            return stage.held_out_loss(model, batch, self.ema)
+
+        with self.ema.applied(), torch.no_grad():
+            terms = validate(loss, held_out(accelerator.process_index, accelerator.num_processes), accelerator)
+        stage.model.train()
+        rng.restore(before)
+        return terms
+
+    @contextmanager
+    def averaged_model(self, *, everywhere: bool = True) -> Iterator[nn.Module]:
+        """The whole model with the first average, in eval mode; `everywhere`, or in the main process alone."""
+        model = self.whole_model
+        if self.sharding is not None:
+            self._gather()
+        with nullcontext() if self.sharding is not None or not (everywhere or self.accelerator.is_main_process) else self.ema.applied():
+            model.to(self.accelerator.device).eval()
+            yield model
+        if self.sharding is not None:
+            model.to("cpu")
+        else:
+            model.train()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Fill the whole model with the first average of a split one."""
+        average = self.ema.averages[self.ema.decays[0]] if self.ema.decays else self.stage.model.state_dict()
+        for name, tensor in self.whole_model.state_dict().items():
+            tensor.copy_(whole(average[name]))
+
+    def finished_model(self) -> nn.Module:
+        if self.sharding is not None:
+            self._gather()
+        elif self.ema.decays:
+            self.stage.model.load_state_dict(self.ema.averages[self.ema.decays[0]])
+        return self.whole_model
 
     def save(self) -> None:
+        """Copy the state of this step and begin to write it."""
+        self.phases.enter("checkpoint")
         accelerator = self.accelerator
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        files: Files = {}
+        for trainee in self.stepper.trainees:
+            files |= trainee.files()
+        gather = self.sharding is not None and self.sharding.full_checkpoints
+        for decay in self.ema.decays:
+            files |= saved_files(f"ema_{decay}", self.ema.state_dict(decay), rank, world_size, gather=gather)
         if accelerator.is_main_process:
-            part = self.checkpoints.begin(self.step)
-            for trainee in self.trainees:
-                trainee.save(part)
-            for decay in self.ema.decays:
-                save_tensors(part / f"ema_{decay}.safetensors", self.ema.state_dict(decay))
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-            torch.save({"stage": self.stage.state_dict(), "scaler": scaler}, part / "stage.pt")
-        accelerator.wait_for_everyone()
-        part = self.checkpoints.part(self.step)
-        torch.save(rng.state(), part / f"rng_{accelerator.process_index}.pt")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            facts = {
-                "format": 1,
-                "step": self.step,
-                "num_samples": self.step * self.config.train.batch_size,
-                "skipped_steps": self.skipped,
-                "num_processes": accelerator.num_processes,
-                "genvision": __version__,
-                "torch": torch.__version__,
-            }
-            self.checkpoints.finish(part, facts)
-        accelerator.wait_for_everyone()
+            files["stage.pt"] = _pickled({"stage": self.stage.state_dict(), "scaler": scaler})
+        files[f"rng_{rank}.pt"] = _pickled(rng.state())
+        facts = {
+            "num_samples": self.step * self.config.train.batch_size,
+            "skipped_steps": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row,
+            "rewinds": self.rewinds,
+            "data_shift": self.data_shift,
+            "num_processes": world_size,
+            "hashes": dict(self.identity.hashes),
+            "stepper": self.stepper.state_dict(),
+            "genvision": __version__,
+            "torch": torch.__version__,
+        }
+        self.writer.write(self.step, files, facts)
 
     def restore_newest(self) -> None:
-        steps = self.checkpoints.steps()
-        if not steps:
-            return
-        step = steps[-1]
-        facts = self.checkpoints.read(step)
-        for trainee in self.trainees:
-            trainee.restore(self.checkpoints, step)
+        if self._restore() and self.accelerator.is_main_process and self.step < self.config.train.num_steps:
+            print(f"going on from step {self.step} ({self.checkpoints.path(self.step)})", file=sys.stderr, flush=True)
+
+    def _restore(self, at_most: int | None = None) -> bool:
+        """Go to the newest whole checkpoint; whether there is one."""
+        accelerator = self.accelerator
+        found = from_main(lambda: self.checkpoints.newest(at_most))
+        if found is None:
+            return False
+        step, facts = found
+        self._check_identity(step, facts["hashes"])
+        folder = self.checkpoints.path(step)
+        for trainee in self.stepper.trainees:
+            trainee.restore(folder)
         for decay in self.ema.decays:
-            self.ema.load_state_dict(decay, self.checkpoints.load_tensors(step, f"ema_{decay}.safetensors"))
+            SavedTensors(folder, f"ema_{decay}").load_into(self.ema.state_dict(decay))
         rest = self.checkpoints.load_object(step, "stage.pt")
         self.stage.load_state_dict(rest["stage"])
-        if self.accelerator.scaler is not None and rest["scaler"]:
-            self.accelerator.scaler.load_state_dict(rest["scaler"])
-        rank = self.accelerator.process_index
+        if accelerator.scaler is not None and rest["scaler"]:
+            accelerator.scaler.load_state_dict(rest["scaler"])
+        self.stepper.load_state_dict(facts["stepper"])
+        rank = accelerator.process_index
         if rank < facts["num_processes"]:
             rng.restore(self.checkpoints.load_object(step, f"rng_{rank}.pt"))
         else:
             rng.start(self.config.seed, step, rank)
-        self.step, self.skipped = step, facts["skipped_steps"]
+        self.step, self.skipped, self.bad_in_a_row = step, facts["skipped_steps"], facts["bad_in_a_row"]
+        self.rewinds, self.data_shift = facts["rewinds"], facts["data_shift"]
+        return True
+
+    def _check_identity(self, step: int, saved: dict[str, str]) -> None:
+        for name, value in self.identity.hashes.items():
+            if name in saved and saved[name] != value and name not in self.identity.may_change:
+                raise UserError(
+                    f"{self.checkpoints.path(step)}: was trained with another {name} ({saved[name][:12]}, now {value[:12]}); give the old "
+                    f"one, choose another output_dir, or accept the change by --allow-change {name}"
+                )
 
 
-class _Interrupt:
-    """Notes SIGTERM and the first SIGINT, so that the loop can end between two steps; a second SIGINT acts as usual."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "_Interrupt":
-        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _pickled(value: Any) -> Callable[[Path], Any]:
+    buffer = BytesIO()
+    torch.save(value, buffer)
+    return lambda path: path.write_bytes(buffer.getbuffer())

@@ -1,4 +1,4 @@
-"""AdamW parameter groups, and the learning rate as a pure function of the step."""
+"""Which parameters are trained, AdamW's groups of them, and the learning rate as a pure function of the step."""
 
 import math
 
@@ -7,23 +7,25 @@ from torch import nn
 
 from genvision.errors import UserError
 from genvision.training.config import OptimConfig
+from genvision.training.parts import named_parts
 
 
-def freeze_all_but(model: nn.Module, prefixes: tuple[str, ...]) -> None:
-    """Leave gradients to the parameters whose names begin with one of `prefixes`, whole parts of a dotted name; to all if there are none.
+def freeze_all_but(model: nn.Module, parts: tuple[str, ...]) -> None:
+    """Leave gradients to the parameters that `parts` name, see `named_parts`; to all if there are none.
+
+    A parameter that has no gradient by itself (a fixed table of positions) gets none.
 
     Raises:
-        UserError: no name begins so.
+        UserError: a part is not there, or none of them can be trained.
     """
-    names = [name for name, _ in model.named_parameters()]
-    for prefix in prefixes:
-        if not any(name == prefix or name.startswith(f"{prefix}.") for name in names):
-            parts = dict.fromkeys(name.split(".")[0] for name in names)
-            raise UserError(f"optim.train_only {prefix}: the model has no part of that name; its parts are {', '.join(parts)}")
+    if not parts:
+        return
+    trained = named_parts(model, parts, "optim.train_only")
     for name, parameter in model.named_parameters():
-        trained = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
-        if prefixes and not trained:
+        if name not in trained:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"optim.train_only {', '.join(parts)}: nothing there is trained, these are fixed tables; name other parts")
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -38,11 +40,13 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Of step 0 .. num_steps - 1: linear warm-up from lr / warmup_steps, then constant or half a cosine to the final rate."""
+    """Of step 0 .. num_steps - 1: linear warm-up from lr / warmup_steps, then constant, and half a cosine or a line to the final rate."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    begin = config.warmup_steps if config.decay_steps is None else max(config.warmup_steps, num_steps - config.decay_steps)
+    progress = max(step - begin, 0) / max(num_steps - begin, 1)
     final = config.lr * config.final_lr_ratio
-    return final + (config.lr - final) * (1 + math.cos(math.pi * progress)) / 2
+    left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return final + (config.lr - final) * left

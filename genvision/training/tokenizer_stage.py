@@ -14,6 +14,7 @@ from genvision.tokenizers.base import TokenizerOutput
 from genvision.tokenizers.codebook import CodebookUsage, revive_dead_codes
 from genvision.training.adversary import Discrimination
 from genvision.training.ema import EMA
+from genvision.training.stage import AveragedModel
 from genvision.training.tokenizer_loss import TokenizerLossConfig
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -64,14 +65,28 @@ class TokenizerStage:
         self.counts_of_step = torch.zeros(codebook_size, dtype=torch.int64)
         self.latest_z: Tensor | None = None
 
+    needs_average = False
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`batch` has `images` [B, 3, H, W]. Terms: `loss`, `reconstruction`, `perceptual`, the tokenizer's own and the adversary's.
 
         `reconstruction_blank` is what the best single colour for the whole batch would score: the mark to beat.
         """
-        images, config = batch["images"], self.config
+        images = batch["images"]
         output: TokenizerOutput = model(images)
-        distance = DISTANCES[config.reconstruction]
+        terms, nll = self._reconstructed(output, images)
+        if self.adversary is not None:
+            told = self.adversary.tokenizer_terms(images, output.reconstruction.float(), nll, self.model.last_layer)
+            terms = {**terms, **told, "loss": terms["loss"] + told.get("adversarial_loss", 0.0)}
+        if output.codes is not None:
+            self.counts_of_step += torch.bincount(output.codes.flatten().cpu(), minlength=len(self.counts_of_step))
+        if output.z is not None:
+            self.latest_z = output.z.detach()
+        return terms
+
+    def _reconstructed(self, output: TokenizerOutput, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """All terms without an adversary, and the weighted sum of reconstruction and perceptual distance."""
+        config, distance = self.config, DISTANCES[self.config.reconstruction]
         with torch.autocast(images.device.type, enabled=False):  # losses in float32 whatever the networks ran in
             reconstruction = output.reconstruction.float()
             terms = {"reconstruction": distance(reconstruction, images)}
@@ -80,22 +95,17 @@ class TokenizerStage:
             if self.perceptual is not None:
                 terms["perceptual"] = self.perceptual.to(images.device)(images, reconstruction).mean()
                 nll = nll + config.perceptual_weight * terms["perceptual"]
-        loss = nll + sum(output.losses.values())
-        if self.adversary is not None:
-            told = self.adversary.tokenizer_terms(images, reconstruction, nll, self.model.last_layer)
-            loss = loss + told.get("adversarial_loss", 0.0)
-            terms |= told
-        if output.codes is not None:
-            self.counts_of_step += torch.bincount(output.codes.flatten().cpu(), minlength=len(self.counts_of_step))
-        if output.z is not None:
-            self.latest_z = output.z.detach()
-        return {"loss": loss, "reconstruction_blank": blank, **terms, **output.losses}
+        return {"loss": nll + sum(output.losses.values()), "reconstruction_blank": blank, **terms, **output.losses}, nll
+
+    def held_out_loss(self, model: nn.Module, batch: dict[str, Tensor], averages: EMA) -> dict[str, Tensor]:
+        """Reconstruction, perceptual distance and the tokenizer's own terms; `loss` without the adversary's share."""
+        return self._reconstructed(model(batch["images"]), batch["images"])[0]
 
     def before_step(self, step: int, averages: EMA) -> None:
         """Nothing depends on it."""
 
     @torch.no_grad()
-    def after_step(self, step: int, accelerator: Accelerator) -> dict[str, float]:
+    def after_step(self, step: int, accelerator: Accelerator, averaged: AveragedModel) -> dict[str, float]:
         if self.adversary is not None:
             self.adversary.step = step
         if self.model.spec.codebook_size is None:

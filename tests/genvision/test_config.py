@@ -84,11 +84,14 @@ class TestValues:
     def test_an_empty_section_is_no_mistake(self, write):
         assert load(write(BASE | {"loss": {}})) == load(write(BASE))
 
-    def test_resume_is_no_part_of_the_configuration(self, write):
+    def test_changes_that_are_allowed_are_no_part_of_the_configuration(self, write):
         file = write(BASE)
-        plain, resumed = load_train_config(["--config", file]), load_train_config(["--config", file, "--resume"])
-        assert plain[0] == resumed[0]
-        assert (plain[1], resumed[1]) == (False, True)
+        words = ["--config", file, "--allow-change", "optim.lr,data", "--allow-change=train.batch_size"]
+        (plain, none), (allowing, keys) = load_train_config(["--config", file]), load_train_config(words)
+        assert plain == allowing
+        assert not none and keys == {"optim.lr", "data", "train.batch_size"}
+        assert "did you mean 'optim.lr'" in refusal("--config", file, "--allow-change", "optim.lrr")
+        assert "a key is expected" in refusal("--config", file, "--allow-change")
 
     def test_the_model_on_the_command_line_needs_no_file(self):
         words = ["--stage", "tokenizer", "--output_dir", "x", "--model.name", "vq", "--data.spec", "digits", "--train.num_steps", "3"]

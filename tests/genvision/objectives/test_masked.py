@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from genvision.errors import UserError
+from genvision.layers.token_loss import TokenTargets, logits_loss
 from genvision.models.llamagen import LlamaGen
 from genvision.models.mage import MAGE
 from genvision.models.maskgit import MaskGIT
-from genvision.objectives.masked import MaskedLossConfig, MaskedTokens, masked_cross_entropy
+from genvision.objectives.masked import MaskedLossConfig, MaskedTokens
 from parity_fixtures import Fixture
 
 K, B = 12, 6
@@ -39,36 +40,15 @@ def objective(model, step=0, **options):
 
 def test_loss_of_the_original_maskgit_from_its_logits():
     fixture = Fixture("maskgit_jax")
-    loss = masked_cross_entropy(fixture.outputs["logits"], fixture.inputs["targets"], fixture.inputs["loss_weights"], reduction="sample")
-    torch.testing.assert_close(loss, fixture.outputs["loss"], atol=fixture.atol, rtol=0)
+    targets = TokenTargets(fixture.inputs["targets"], fixture.inputs["loss_weights"], "sample", smoothing=0.1)
+    torch.testing.assert_close(logits_loss(fixture.outputs["logits"], targets).loss, fixture.outputs["loss"], atol=fixture.atol, rtol=0)
 
 
 def test_loss_of_the_original_mage_from_its_logits():
     fixture = Fixture("mage_pretrain")
     logits = fixture.outputs["logits"][:, 1:, : fixture.config["codebook_size"]]
-    loss = masked_cross_entropy(logits, fixture.inputs["token_indices"], fixture.outputs["token_all_mask"][:, 1:], reduction="batch")
-    torch.testing.assert_close(loss, fixture.outputs["loss"], atol=fixture.atol, rtol=0)
-
-
-@pytest.mark.parametrize("reduction", ["sample", "batch"])
-def test_guessing_costs_the_logarithm_and_certainty_what_smoothing_asks_for(reduction):
-    targets, weights = torch.randint(0, K, (3, 5)), torch.rand(3, 5)
-    uniform = masked_cross_entropy(torch.zeros(3, 5, K), targets, weights, reduction=reduction)
-    assert float(uniform) == pytest.approx(math.log(K))
-    certain = 60.0 * torch.nn.functional.one_hot(targets, K)
-    assert float(masked_cross_entropy(certain, targets, weights, smoothing=0.0, reduction=reduction)) == pytest.approx(0, abs=1e-6)
-    smoothed = masked_cross_entropy(certain, targets, weights, smoothing=0.1, reduction=reduction)
-    assert float(smoothed) == pytest.approx(0.1 * 60 * (K - 1) / K)
-
-
-def test_reductions_weigh_tokens_or_samples_alike_and_a_sample_without_weight_costs_nothing():
-    logits, targets = torch.randn(3, 2, K), torch.randint(0, K, (3, 2))
-    costs = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    weights = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
-    by_token = masked_cross_entropy(logits, targets, weights, smoothing=0.0, reduction="batch")
-    torch.testing.assert_close(by_token, (costs[0].sum() + costs[1, 1]) / 3)
-    by_sample = masked_cross_entropy(logits, targets, weights, smoothing=0.0, reduction="sample")
-    torch.testing.assert_close(by_sample, (costs[0].mean() + costs[1, 1]) / 3)
+    targets = TokenTargets(fixture.inputs["token_indices"], fixture.outputs["token_all_mask"][:, 1:], "batch", smoothing=0.1)
+    torch.testing.assert_close(logits_loss(logits, targets).loss, fixture.outputs["loss"], atol=fixture.atol, rtol=0)
 
 
 @pytest.mark.parametrize("visible_weight", [0.0, 0.1, 1.0])
@@ -93,8 +73,8 @@ def test_mage_predicts_masked_tokens_alone_from_a_half_of_them():
     task = made.task(data)
     assert (task.codes.gather(1, task.told["where"]) == model.mask_id).all() and task.told["kept"].shape == (B, 8)
     every = model(task.codes, data["labels"], drop=task.told["drop"], kept=task.told["kept"])
-    wanted = masked_cross_entropy(every, data["codes"].flatten(1), task.codes == model.mask_id, reduction="batch")
-    torch.testing.assert_close(made(model, data)["loss"], wanted)
+    wanted = TokenTargets(data["codes"].flatten(1), task.codes == model.mask_id, "batch", smoothing=0.1)
+    torch.testing.assert_close(made(model, data)["loss"], logits_loss(every, wanted).loss)
 
 
 @pytest.mark.parametrize("build, options", [(maskgit, {}), (mage, MAGE_LOSS)])

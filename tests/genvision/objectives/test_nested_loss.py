@@ -2,15 +2,22 @@ import pytest
 import torch
 
 from genvision.errors import UserError
+from genvision.layers.token_loss import TokenTargets, head_loss
 from genvision.models.maskgit import MaskGIT
-from genvision.objectives.masked import MaskedLossConfig, MaskedTokens, masked_cross_entropy
+from genvision.objectives.masked import MaskedLossConfig, MaskedTokens
 from genvision.objectives.nested import NestedLossConfig, NestedTraining
 
 SHAPE = (2, 3, 7)
+TARGETS = TokenTargets(torch.arange(6).view(2, 3), keep_hidden=True)
 
 
 def training(num_steps=10, **options):
     return NestedTraining(NestedLossConfig(**options), seed=0, num_steps=num_steps)
+
+
+def from_logits(logits, targets=TARGETS):
+    """Losses of a network whose last layer gives what it reads."""
+    return head_loss(logits, torch.eye(SHAPE[-1]), None, targets)
 
 
 def tiny_maskgit():
@@ -45,38 +52,40 @@ def test_a_step_trains_all_networks_or_one_that_is_the_same_on_every_process():
 @pytest.mark.parametrize("step, share", [(0, 1.0), (4, 0.6), (10, 0.0)])
 def test_a_nested_network_learns_from_labels_and_from_its_teacher_which_learns_nothing_from_it(step, share):
     teacher, student = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE, requires_grad=True)
-    targets, weights = torch.randint(0, 7, SHAPE[:2]), torch.ones(SHAPE[:2])
 
-    def error(logits, probabilities):
-        return masked_cross_entropy(logits, targets if probabilities is None else probabilities, weights, smoothing=0.0)
+    def loss(step, logits):
+        def predict(factor, taught, label_share):
+            return from_logits(logits, TARGETS._replace(teacher=taught, label_share=label_share))
 
-    term = training(nested=(2,)).losses(step, teacher, lambda factor: student, error)[2]
+        return training(nested=(2,)).losses(step, from_logits(teacher), predict)[2]
+
+    term = loss(step, student)
     log_p = student.log_softmax(-1)
-    hard = -log_p.gather(-1, targets[..., None]).mean()
+    hard = -log_p.gather(-1, TARGETS.codes[..., None]).mean()
     soft = -(teacher.softmax(-1) * log_p).sum(-1).mean()
-    torch.testing.assert_close(term.trained, share * hard + (1 - share) * soft)
-    torch.testing.assert_close(term.label, hard)
-    term.trained.backward()
+    torch.testing.assert_close(term.loss, share * hard + (1 - share) * soft)
+    torch.testing.assert_close(term.label_loss, hard)
+    term.loss.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
     equal = teacher.detach().clone().requires_grad_()
-    training(nested=(2,)).losses(10, teacher, lambda factor: equal, error)[2].trained.backward()
+    loss(10, equal).loss.backward()
     torch.testing.assert_close(equal.grad, torch.zeros(SHAPE))  # who says what the teacher says has nothing to learn
 
 
 def test_a_teacher_that_the_step_does_not_train_is_asked_without_gradients():
     asked = []
 
-    def predict(factor):
-        asked.append((factor, torch.is_grad_enabled()))
-        return torch.zeros(SHAPE)
+    def predict(factor, taught, label_share):
+        asked.append((factor, torch.is_grad_enabled(), label_share))
+        return from_logits(torch.full(SHAPE, float(factor)))
 
     random = training(nested=(2, 4), nested_each="random", teacher="next")
     step = next(step for step in range(1, 9) if random.trained(step) == (4,))
-    random.losses(step, torch.zeros(SHAPE), predict, lambda logits, probabilities: logits.sum())
-    assert asked == [(4, True), (2, False)]
+    assert set(random.losses(step, from_logits(torch.zeros(SHAPE)), predict)) == {4}
+    assert asked == [(2, False, 1.0), (4, True, random.label_share(step))]
     asked.clear()
-    training(nested=(2, 4), teacher="next").losses(1, torch.zeros(SHAPE), predict, lambda logits, probabilities: logits.sum())
-    assert asked == [(2, True), (4, True)]
+    training(nested=(2, 4), teacher="next").losses(1, from_logits(torch.zeros(SHAPE)), predict)
+    assert asked == [(2, True, 0.9), (4, True, 0.9)]
 
 
 def test_the_loss_is_the_mean_over_networks_and_that_of_the_whole_one_is_the_plain_loss():

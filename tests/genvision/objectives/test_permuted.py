@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genvision.errors import UserError
+from genvision.layers.token_loss import logits_loss
 from genvision.models.rar import RAR
 from genvision.objectives.draws import TrainingDraws
 from genvision.objectives.permuted import PermutedLossConfig, PermutedTokens, token_orders
@@ -50,9 +51,9 @@ def test_every_token_comes_first_equally_often():
 def test_loss_and_accuracy_compare_logits_with_the_tokens_in_their_order():
     told = {}
 
-    def model(codes, labels, *, orders, drop):
+    def model(codes, labels, *, orders, drop, targets):
         told.update(orders=orders, drop=drop)
-        return 50 * torch.nn.functional.one_hot(codes.gather(1, orders), 7).float()
+        return logits_loss(50 * torch.nn.functional.one_hot(codes.gather(1, orders), 7).float(), targets)
 
     objective = PermutedTokens(PermutedLossConfig(anneal_start=0, anneal_end=10), tiny(class_dropout=0.5), seed=0)
     assert objective.baselines == {"loss": math.log(7)}

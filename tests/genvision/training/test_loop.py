@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,8 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from genvision.errors import UserError
-from genvision.training.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
+from genvision.training.config import DataConfig, LoopConfig, OptimConfig, ScoresConfig, TrainConfig
 from genvision.training.loop import train
+from genvision.training.stage import Observers
 
 
 class Line(nn.Module):
@@ -24,15 +26,18 @@ class Regression:
     """The least stage: a linear model; a batch may carry a loss that is not finite."""
 
     def __init__(self):
-        self.model, self.baselines, self.adversary = Line(), {"loss": 1.0}, None
+        self.model, self.baselines, self.adversary, self.needs_average = Line(), {"loss": 1.0}, None, False
 
     def loss(self, model, batch):
         return {"loss": ((model(batch["x"]) - batch["y"]) ** 2).mean()}
 
+    def held_out_loss(self, model, batch, averages):
+        return self.loss(model, batch)
+
     def before_step(self, step, averages):
         pass
 
-    def after_step(self, step, accelerator):
+    def after_step(self, step, accelerator, averaged):
         return {}
 
     def state_dict(self):
@@ -65,11 +70,11 @@ def stream(bad_steps=()):
     return batches
 
 
-def run(output, stage=None, bad_steps=(), resume=False, **loop):
+def run(output, stage=None, bad_steps=(), **loop):
     stage = stage or Regression()
     output.mkdir(exist_ok=True)
-    done = train(config(output, **loop), Accelerator(cpu=True), stage, stream(bad_steps), resume=resume)
-    return stage, done
+    model = train(config(output, **loop), Accelerator(cpu=True), stage, stream(bad_steps))
+    return stage, model is not None
 
 
 def test_loss_falls_and_every_line_is_written(tmp_path):
@@ -104,7 +109,7 @@ def test_too_many_of_them_stop_the_run_and_keep_the_last_good_checkpoint(tmp_pat
 
 def test_more_steps_can_be_asked_of_a_finished_run(tmp_path):
     run(tmp_path, num_steps=10)
-    longer, _ = run(tmp_path, num_steps=20, resume=True)
+    longer, _ = run(tmp_path, num_steps=20)
     once, _ = run(tmp_path / "once", num_steps=20)
     assert torch.equal(longer.model.weight, once.model.weight)
 
@@ -127,3 +132,73 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 def test_impossible_options_are_refused(tmp_path, options):
     with pytest.raises(UserError):
         config(tmp_path, **options)
+
+
+def test_after_bad_steps_in_a_row_the_run_goes_back_and_on_with_later_data(tmp_path):
+    """Steps 0 .. 11 are good; 12, 13 and 14 are bad. The checkpoint of step 10 is taken up with the data of step 15."""
+    stage, done = run(tmp_path / "a", bad_steps=(12, 13, 14), rewind_after=3, num_steps=16, checkpoint_every=5)
+    assert done
+
+    def skipping(start_step, rank, world_size):
+        every = list(stream()(0, 0, 1))
+        yield from (every[:10] + every[15:])[start_step:]
+
+    expected = Regression()
+    (tmp_path / "b").mkdir()
+    assert train(config(tmp_path / "b", num_steps=16, checkpoint_every=5), Accelerator(cpu=True), expected, skipping) is not None
+    assert torch.equal(stage.model.weight, expected.model.weight)
+    facts = json.loads((tmp_path / "a/checkpoints/step_00000016/state.json").read_text())
+    assert (facts["rewinds"], facts["skipped_steps"], facts["data_shift"]) == (1, 3, 5)
+    (event,) = [json.loads(line) for line in (tmp_path / "a/events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["to"]) == ("rewind", 10)
+    longer, _ = run(tmp_path / "a", num_steps=20, rewind_after=3, checkpoint_every=5)  # the shift is in the checkpoint
+    (tmp_path / "c").mkdir()
+    once = Regression()
+    train(config(tmp_path / "c", num_steps=20, checkpoint_every=5), Accelerator(cpu=True), once, skipping)
+    assert torch.equal(longer.model.weight, once.model.weight)
+
+
+def test_without_a_checkpoint_before_them_there_is_nothing_to_go_back_to(tmp_path):
+    with pytest.raises(UserError, match="bad in 2 steps in a row, and there is no checkpoint to go back to"):
+        run(tmp_path, bad_steps=(3, 4), rewind_after=2)
+
+
+def test_a_loss_that_explodes_is_skipped_like_one_that_is_not_finite(tmp_path):
+    def exploding(start_step, rank, world_size):
+        for step, batch in enumerate(stream()(start_step, rank, world_size), start_step):
+            yield {"x": batch["x"], "y": batch["y"] * (1000.0 if step == 120 else 1.0)}
+
+    def trained(name, **options):
+        stage = Regression()
+        (tmp_path / name).mkdir()
+        assert train(config(tmp_path / name, num_steps=125, **options), Accelerator(cpu=True), stage, exploding) is not None
+        return json.loads((tmp_path / name / "checkpoints/step_00000125/state.json").read_text())
+
+    assert trained("a", explode_factor=10.0)["skipped_steps"] == 1
+    assert trained("b")["skipped_steps"] == 0
+
+
+def test_held_out_loss_and_scores_come_from_the_average_and_change_nothing(tmp_path):
+    def held_out(rank, world_size):
+        return [next(iter(stream()(900, rank, world_size)))] * 2
+
+    seen = []
+
+    def scores(model):
+        seen.append(model.weight.detach().clone())
+        return {"fid": 1.5}
+
+    options = config(tmp_path / "a", validate_every=10, ema_decays=(0.9,))
+    options = dataclasses.replace(options, scores=ScoresConfig(every=20))
+    stage = Regression()
+    (tmp_path / "a").mkdir()
+    train(options, Accelerator(cpu=True), stage, stream(), observers=Observers(held_out=held_out, scores=scores))
+    plain, _ = run(tmp_path / "b", ema_decays=(0.9,))
+    assert torch.equal(stage.model.weight, plain.model.weight) and torch.equal(seen[0], plain.model.weight)
+    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    told = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert set(told) == {10, 20} and told[20] < told[10]
+    assert [line["online_fid"] for line in lines if "online_fid" in line] == [1.5]
+    with torch.no_grad():
+        batch = held_out(0, 1)[0]
+        assert told[20] == pytest.approx(float(plain.loss(plain.model, batch)["loss"]))

@@ -105,7 +105,7 @@ def test_a_run_that_stops_goes_on_bit_for_bit(train, on_codes, family):
     config = with_dropout(FAMILIES[family]) | on_codes
     whole = train("whole", config)
     train("stopped", config, "--train.num_steps", 4)
-    assert_same_run(whole, train("stopped", config, "--resume"))
+    assert_same_run(whole, train("stopped", config))
 
 
 def test_a_killed_run_goes_on_bit_for_bit(train, on_codes):
@@ -137,7 +137,7 @@ class TestTwoViews:
             assert line["loss"] == pytest.approx(line["reconstruction"] + 0.1 * line["contrastive"], rel=1e-4)
             assert line["contrastive"] > 0
         train("stopped", config, *words, 1)
-        assert_same_run(whole, train("stopped", config, *words, 2, "--resume"))
+        assert_same_run(whole, train("stopped", config, *words, 2))
         pipeline = ImagePipeline.from_pretrained(whole / "model")
         assert pipeline.label_names == ["image"]  # labels are never shown
         assert pipeline([0, 0], output_type="np").images.shape == (2, 8, 8, 3)

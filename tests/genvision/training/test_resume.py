@@ -137,13 +137,13 @@ def test_three_kills_at_random_moments_change_no_bit(tokenizer_run, tmp_path):
     output = tmp_path / "killed"
     moments = random.Random(0)
     for target in (3, 15, 27):
-        process = start(config, output, "--resume")
+        process = start(config, output)
         wait_for_step(process, output, target)
         time.sleep(moments.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert target <= newest_step(output) < STEPS
-    finish(start(config, output, "--resume"))
+    finish(start(config, output))
     assert_same_run(whole, output)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     assert [yaml.safe_load(line)["step"] for line in lines] == list(range(5, STEPS + 1, 5))
@@ -159,7 +159,7 @@ def test_a_run_from_before_an_option_existed_goes_on_if_it_has_its_default(token
         section, option = key.split(".")
         del saved[section][option]
     (output / "config.yaml").write_text(yaml.safe_dump(saved))
-    words = ["train", "--debug", "--config", str(config), "--output_dir", str(output), "--resume"]
+    words = ["train", "--debug", "--config", str(config), "--output_dir", str(output)]
     with pytest.raises(UserError, match=r"config\.yaml: the run was started with train\.ema_warmup True, now it is False; give the old"):
         main([*words, "--train.ema_warmup", "false"])
     with pytest.raises(UserError, match=r"started with loss\.adversarial\.weight 0\.5, now it is 0\.1; give"):
@@ -180,7 +180,7 @@ def test_a_tokenizer_on_resized_crops_goes_on_bit_for_bit_and_their_least_area_m
 
     whole = run("whole", 4)
     run("stopped", 2)
-    assert run("stopped", 4, "--resume") == whole
+    assert run("stopped", 4) == whole
     assert run("other", 4, "--data.min_area", "0.9") != whole
 
 
@@ -193,10 +193,10 @@ def test_an_adversarial_run_goes_on_bit_for_bit(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert newest_step(tmp_path / "killed") < STEPS
-    finish(start(config, tmp_path / "killed", "--resume"))
+    finish(start(config, tmp_path / "killed"))
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     saved = {path.name for path in (tmp_path / "whole/checkpoints" / f"step_{STEPS:08d}").iterdir()}
-    assert {"adversary.safetensors", "adversary_optimizer.pt"} <= saved
+    assert {"adversary.safetensors", "adversary_optimizer.safetensors"} <= saved
 
 
 def test_a_generator_on_images_is_stopped_by_sigterm_and_goes_on(tokenizer_run, tmp_path):
@@ -207,10 +207,10 @@ def test_a_generator_on_images_is_stopped_by_sigterm_and_goes_on(tokenizer_run, 
     process = start(config, tmp_path / "stopped")
     wait_for_step(process, tmp_path / "stopped", 8)
     process.send_signal(signal.SIGTERM)
-    assert "--resume" in finish(process)
+    assert "run the same command again to go on" in finish(process)
     stopped_at = newest_step(tmp_path / "stopped")
     assert 8 <= stopped_at < STEPS and not (tmp_path / "stopped" / "model").exists()
-    finish(start(config, tmp_path / "stopped", "--resume"))
+    finish(start(config, tmp_path / "stopped"))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     assert len(list((tmp_path / "whole" / "previews").glob("*.png"))) == 4
 
@@ -232,7 +232,7 @@ def test_a_diffusion_transformer_goes_on_bit_for_bit(kind, tmp_path):
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL and newest_step(killed) < STEPS
-    main([*words, str(killed), "--resume"])
+    main([*words, str(killed)])
     assert_same_run(tmp_path / "whole", killed)
     if "guided" in kind:
         lines = [yaml.safe_load(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
