@@ -189,9 +189,7 @@ class _TokenizerJob:
     def __init__(self, config: TrainConfig) -> None:
         self.config, data = config, config.data
         if is_encoded(data.spec):
-            raise UserError(
-                f"data.spec {data.spec}: a tokenizer is trained on images; give those that these were made from"
-            )
+            raise UserError(f"data.spec {data.spec}: a tokenizer is trained on images; give those that these were made from")
         if data.image_size is None:
             raise UserError("data.image_size is missing; a tokenizer needs the side of its training images")
         if data.posterior != "mean" or data.features is not None:

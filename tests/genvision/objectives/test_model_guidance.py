@@ -1,5 +1,9 @@
 """Model-guidance: the recorded targets, which rows are guided, and what is evaluated."""
 
+import copy
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -60,27 +64,31 @@ def test_targets_and_losses_equal_the_recorded_ones():
     torch.testing.assert_close(online.head.linear.weight.grad, gradient, atol=fixture.atol, rtol=0)
 
 
+def averaged(model):
+    return EMA(model, (0.9,), network=copy.deepcopy(model))
+
+
 def test_before_the_start_step_targets_are_plain():
     model, examples = tiny(), batch()
     ours, losses = objective(model, start_step=10), []
-    for average in (EMA(model, (0.9,)), EMA(tiny(), (0.9,))):
+    for average in (averaged(model), averaged(tiny())):
         ours.begin_step(9, average)
         losses.append(ours(model, examples)["loss"])
     assert torch.equal(*losses)
     assert ours.guidance.num_guided == 0 and ours.guidance.num_dropped in (0, 1)
-    ours.begin_step(10, EMA(model, (0.9,)))
+    ours.begin_step(10, averaged(model))
     assert ours.guidance.num_guided == 8 - ours.guidance.num_dropped
 
 
 def test_only_guided_rows_are_evaluated_twice():
     model, seen = tiny(), []
 
-    def averaged(x, t, labels, drop):
+    def average(x, t, labels, drop):
         seen.append((len(x), labels, drop.any().item()))
         return model(x, t, labels, drop=drop)
 
     ours = objective(model, guided_rate=0.5, drop_rate=0.25, max_time=1.0)
-    ours.begin_step(0, averaged)
+    ours.begin_step(0, average)
     ours(model, batch())
     ((count, labels, dropped),) = seen
     assert count == 8 and not dropped
@@ -90,12 +98,12 @@ def test_only_guided_rows_are_evaluated_twice():
 def test_other_labels_can_stand_for_no_label():
     model, seen = tiny(), []
 
-    def averaged(x, t, labels, drop):
+    def average(x, t, labels, drop):
         seen.append(labels)
         return model(x, t, labels, drop=drop)
 
     ours = objective(model, base="other_label", drop_rate=0.0, max_time=1.0)
-    ours.begin_step(0, averaged)
+    ours.begin_step(0, average)
     ours(model, batch())
     own, other = seen[0].chunk(2)
     assert (own != other).all() and (other < model.num_classes).all()
@@ -108,7 +116,7 @@ def test_the_number_of_dropped_rows_is_right_in_the_mean():
 
 def test_noisy_rows_are_not_guided():
     ours = objective(tiny(), max_time=0.6)
-    ours.begin_step(0, EMA(tiny(), (0.9,)))
+    ours.begin_step(0, averaged(tiny()))
     positions, t = torch.arange(8), torch.linspace(0, 1, 8)
     rows = ours.guidance.rows(positions, t, TrainingDraws(0, positions))
     assert not rows.weight[t >= 0.6].any() and (rows.weight[(t < 0.6) & ~rows.dropped] > 0).sum() >= 4
@@ -117,7 +125,7 @@ def test_noisy_rows_are_not_guided():
 def test_scale_conditioned_models_learn_a_range_of_scales():
     model = tiny(scale_conditioned=True)
     ours = objective(model, scale=1.0, scale_max=3.0, guided_rate=0.5, drop_rate=0.25, max_time=1.0)
-    ours.begin_step(0, EMA(model, (0.9,)))
+    ours.begin_step(0, averaged(model))
     positions, t = torch.arange(8), torch.zeros(8)
     rows = ours.guidance.rows(positions, t, TrainingDraws(0, positions))
     torch.testing.assert_close(rows.told_scale[:4], 1 + rows.weight[:4])
@@ -130,7 +138,7 @@ def test_diffusion_is_guided_too_and_its_variance_is_not():
     config = DiffusionLossConfig(guidance=ModelGuidanceConfig(scale=2.0, start_step=0, drop_rate=0.0, max_time=1.0))
     ours = DiffusionLoss(config, model, seed=0, batch_size=8)
     losses = []
-    for average in (EMA(model, (0.9,)), lambda x, t, labels, drop: torch.zeros(len(x), 4, 2, 2)):
+    for average in (averaged(model), lambda x, t, labels, drop: torch.zeros(len(x), 4, 2, 2)):
         ours.begin_step(0, average)
         losses.append(ours(model, batch())["mse"])
     assert not torch.equal(*losses)
@@ -138,7 +146,7 @@ def test_diffusion_is_guided_too_and_its_variance_is_not():
 
 def test_the_average_is_the_model_with_its_averaged_weights():
     model = tiny()
-    average = EMA(model, (0.9,))
+    average = averaged(model)
     with torch.no_grad():
         model.head.linear.weight.add_(1.0)
     inputs = (torch.randn(2, 2, 2, 2), torch.rand(2), torch.zeros(2, dtype=torch.int64))
@@ -174,17 +182,17 @@ def test_an_automatic_scale_rises_while_samples_get_worse_and_falls_while_they_g
         guidance.adapt(fid)
         scales.append(guidance.scale)
     assert scales == [1.0, 2.0, 2.5, 1.75, 1.375]
-    guidance.begin_step(0, EMA(tiny(), (0.9,)))
+    guidance.begin_step(0, averaged(tiny()))
     rows = guidance.rows(torch.arange(8), torch.zeros(8), TrainingDraws(0, torch.arange(8)))
     assert set(rows.weight.tolist()) <= {0.375, 0.0} and rows.weight[0] == 0.375
 
 
 def test_the_stage_scores_samples_at_its_steps_and_keeps_the_scale():
     model, fids = tiny(), iter([50.0, 60.0])
-    stage = GeneratorStage(model, objective(model, auto_every=2, auto_rate=0.5, scale=2.0), torch.nn.Identity(), fid=lambda: next(fids))
-    stage.before_step(0, EMA(model, (0.9,)))
+    stage = GeneratorStage(model, objective(model, auto_every=2, auto_rate=0.5, scale=2.0), torch.nn.Identity(), fid=lambda _: next(fids))
+    stage.before_step(0, averaged(model))
     accelerator = Accelerator(cpu=True)
-    logged = [stage.after_step(step, accelerator) for step in (1, 2, 3, 4)]
+    logged = [stage.after_step(step, accelerator, partial(nullcontext, model)) for step in (1, 2, 3, 4)]
     assert [terms["guidance_scale"] for terms in logged] == [1.0, 1.0, 1.0, 1.5]
     assert "guidance_fid" not in logged[0] and logged[3]["guidance_fid"] == 60.0
     other = GeneratorStage(model, objective(model, auto_every=2), torch.nn.Identity())
