@@ -143,7 +143,7 @@ def load_train_config(argv: Sequence[str]) -> tuple["TrainConfig", frozenset[str
     parser = _train_parser(str(model), str(_peek("model.path", argv, in_file) or "ddpm"))
     known = sorted({action.dest for action in parser._actions} - {"help", "print_config", "config"})
     for key in allowed:
-        if key not in known and key not in NOT_CONFIGURED:
+        if key not in known and key not in NOT_CONFIGURED and not any(key.startswith(f"{option}.") for option in OPEN_KEYS):
             raise UserError(f"--allow-change {key}: there is no such key{_nearest(key, [*known, *NOT_CONFIGURED])}")
     sections = {key.split(".")[0] for key in known if "." in key}
     for key in [*in_file, *on_line]:
@@ -324,7 +324,9 @@ def shipped_recipes() -> list[str]:
 def save_config(config: Any, path: Path) -> None:
     """Write a dataclass as YAML with every value resolved; it loads again to an equal one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    part.replace(path)  # never half of it
 
 
 def flat_values(config: Any) -> dict[str, Any]:

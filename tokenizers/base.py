@@ -195,7 +195,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         UserError: there is none, or its files are damaged.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() and (folder / "tokenizer" / "config.json").is_file():
         folder = folder / "tokenizer"
     return load_component(folder, TOKENIZERS, "tokenizer").eval()

@@ -6,16 +6,24 @@ A file is written under another name, synced, renamed, and its folder is synced:
 import json
 import os
 import socket
-from collections.abc import Callable
+import tokenize
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from genvision.errors import UserError
 
 SPARE_FILES = 256
 """Files that a process opens beside those of its data: worker processes, checkpoints, logs."""
+DAMAGED_ARRAY = (
+    *(OSError, EOFError, ValueError, TypeError, IndexError, SyntaxError, tokenize.TokenError),
+    *(OverflowError, MemoryError, RecursionError),
+)
+"""What numpy raises for damaged files: it reads their headers as Python, and allots what they claim."""
 
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
@@ -34,6 +42,16 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file as a whole."""
     write_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time makes the file `path`, by a lock beside it; without one, where there can be none, all of them make it."""
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):  # a folder that cannot be written; a file system without locks
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path.with_suffix(".lock")))
+        yield
 
 
 class GrowingArray:
@@ -84,10 +102,9 @@ def open_array(path: Path, shape: tuple[int | None, ...], dtype: np.dtype[Any]) 
         raise UserError(f"{path}: is missing, but index.json lists it; restore it, or delete the folder and encode again")
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path}: is damaged ({' '.join(str(error).split())}); restore it, or delete the folder and encode again"
-        ) from error
+    except DAMAGED_ARRAY as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: is damaged ({reason}); restore it, or delete the folder and encode again") from error
     fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
     if not fits or array.dtype != dtype:
         wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

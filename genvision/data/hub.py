@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from genvision.data.order import SampleOrder
-from genvision.data.parquet_index import DamagedFileError, is_remote, open_index, read_images
+from genvision.data.parquet import bytes_or_path, is_remote
+from genvision.data.parquet_index import DamagedFileError, open_index, read_images
 from genvision.data.shared_tables import SharedTables
 from genvision.data.sources import FORMAT_SAMPLE, BadImageError, ImageSource, count_formats, decode_rgb, digest_of, one_line
 from genvision.errors import UserError
@@ -58,8 +59,20 @@ class HubSource(ImageSource):
         self.labels, self.label_names = self._index.labels, self._index.label_names
         self._tables = SharedTables(user_cache("row_groups") / identity, CACHE_BYTES)
         self._damaged: dict[int, str] = {}
+        self._read_again: set[int] = set()
 
     def load(self, index: int) -> Image.Image:
+        try:
+            return self._decode(index)
+        except BadImageError:  # perhaps only what the cache holds is damaged: a disk that lost power, say
+            piece, _ = self._find(index)
+            if piece in self._damaged or piece in self._read_again:
+                raise
+            self._read_again.add(piece)
+            self._tables.remove(str(piece))
+        return self._decode(index)
+
+    def _decode(self, index: int) -> Image.Image:
         with self._open(index) as file:
             return decode_rgb(file, self.name(index))
 
@@ -97,8 +110,8 @@ class HubSource(ImageSource):
         piece_rows = int(np.median(self._index.num_rows))
         in_half_cache = CACHE_BYTES * len(self) // (2 * total + 1)
         chosen = window or max(min(MAX_WINDOW, 1 << max(in_half_cache.bit_length() - 1, 0)), piece_rows)
-        # two windows, since processes are not all at the same step
-        self._tables.max_bytes = max(CACHE_BYTES, 2 * total * min(chosen, len(self)) // len(self))
+        # two windows, since processes are not all at the same step; an order that somebody else asked for still has its room
+        self._tables.max_bytes = max(self._tables.max_bytes, CACHE_BYTES, 2 * total * min(chosen, len(self)) // len(self))
         # files end anywhere, so blocks do not fall on the bounds of pieces: with several pieces in a block few are fetched twice
         block = piece_rows * max(1, chosen // (MIN_BLOCKS * piece_rows))
         return SampleOrder(len(self), chosen, block)
@@ -106,8 +119,7 @@ class HubSource(ImageSource):
     def _open(self, index: int) -> Any:
         """The image file of one row."""
         piece, place = self._find(index)
-        value = self._column(piece, index)[place].as_py()
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        data, path = bytes_or_path(self._column(piece, index)[place].as_py())
         if data is not None:
             return io.BytesIO(data)
         if path is None:
@@ -156,6 +168,8 @@ class HubName(NamedTuple):
         if len(parts) > 2 or not all([repository, *parts]):
             raise UserError(f"{spec}: expected {FORM}, for example hub:uoft-cs/cifar10:test")
         split, config = parts[-1] if parts else "train", parts[0] if len(parts) == 2 else None
+        if wild := next((sign for sign in repository if sign in "*?["), None):  # `datasets` would look for them in other folders too
+            raise UserError(f"{spec}: holds {wild} in the name of a repository; give one by its name, or rename the folder")
         if Path(repository).expanduser().is_dir():
             return cls(str(Path(repository).expanduser().resolve()), None, config, split)
         repository, at, revision = repository.partition("@")
@@ -224,7 +238,8 @@ def _no_parquet(spec: str, name: HubName) -> str:
 def _other_ways(name: HubName) -> str:
     if Path(name.repository).is_dir():
         return f"give folder:{name.repository} or wds:{name.repository}/*.tar"
-    return f"try hub:{name.repository}@{PARQUET_BRANCH}, or its tar files by 'wds:hf://datasets/{name.repository}/*.tar'"
+    tars = f"its tar files by 'wds:hf://datasets/{name.repository}/*.tar'"
+    return f"try {tars}" if name.revision == PARQUET_BRANCH else f"try hub:{name.repository}@{PARQUET_BRANCH}, or {tars}"
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from genvision.data.class_names import names_of_labels
 from genvision.data.image_arrays import ArrayFile, ArraySource
-from genvision.data.sources import names_of_labels, one_line, path_and_part
+from genvision.data.sources import one_line, path_and_part
 from genvision.errors import UserError
 
 MAGIC = {"images": 0x00000803, "labels": 0x00000801}
@@ -71,25 +72,26 @@ def _labels_beside(path: Path) -> Path:
 
 
 def _read(path: Path, kind: str) -> np.ndarray:
-    """uint8 of the shape that the header states, after a check that the file is that long."""
-    content = _content(path)
+    """uint8 of the shape that the header states, after a check that the file is that long; memory-mapped if it is not gzipped."""
     start = 4 + 4 * (MAGIC[kind] & 0xFF)  # the last byte of the magic number counts the sizes
-    magic, *shape = np.frombuffer(content[:start].tobytes(), dtype=">u4", count=min(start, len(content)) // 4).tolist() or [0]
-    if magic != MAGIC[kind]:
-        raise UserError(f"{path}: is no IDX file of {kind}, which begins with {MAGIC[kind]:08x}; download it again")
-    expected = start + math.prod(shape)
-    if len(content) != expected or 0 in shape:
-        raise UserError(f"{path}: has {len(content)} bytes, expected {expected} for {shape} {kind}; download it again")
-    return content[start:].reshape(shape)
-
-
-def _content(path: Path) -> np.ndarray:
-    """uint8 [bytes]; memory-mapped if it is not gzipped."""
+    is_packed = path.suffix == ".gz"
     try:
-        if path.suffix == ".gz":
-            return np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8)
-        return np.memmap(path, np.uint8, "r")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        with gzip.open(path) if is_packed else path.open("rb") as file:
+            head = file.read(start)
+            magic, *shape = np.frombuffer(head[: len(head) // 4 * 4], dtype=">u4").tolist() or [0]
+            if magic != MAGIC[kind]:
+                raise UserError(f"{path}: is no IDX file of {kind}, which begins with {MAGIC[kind]:08x}; download it again")
+            expected = start + math.prod(shape)
+            # a little file may unpack to any size: one byte beyond the end is enough to know that it is too long
+            content = file.read(expected - start + 1) if is_packed else b""
+        found = len(head) + len(content) if is_packed else path.stat().st_size
+        if found != expected or 0 in shape:
+            has = f"more than {expected}" if is_packed and found > expected else found
+            raise UserError(f"{path}: has {has} bytes, expected {expected} for {shape} {kind}; download it again")
+        if is_packed:
+            return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+        return np.memmap(path, np.uint8, "r", offset=start, shape=tuple(shape))
+    except (OSError, EOFError, zlib.error, MemoryError, OverflowError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); download it again") from error
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genvision.data.sources import ImageSource, count_formats, decode_rgb, digest_of, file_hash, names_of_labels, spread
+from genvision.data.class_names import list_of_names, names_of_labels
+from genvision.data.sources import ImageSource, count_formats, decode_rgb, digest_of, file_hash, one_line, spread
 from genvision.errors import UserError
 from genvision.progress import track
 
@@ -94,13 +95,14 @@ class FolderSource(ImageSource):
     def _read_labels_file(self, file: Path) -> list[str]:
         """labels.json: {"labels": {"000000.png": 3, ...}, "label_names": [...]}; only the images it lists belong to the source."""
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_bytes())
             labels: dict[str, int] = dict(content["labels"])
             self.labels = np.array([_whole_number(label) for label in labels.values()], dtype=np.int64)
             label_names = content.get("label_names")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            label_names = None if label_names is None else list_of_names(label_names)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
-                f'{file}: cannot be read ({error}); expected {{"labels": {{"000000.png": 3}}, "label_names": [...]}}'
+                f'{file}: cannot be read ({one_line(error)}); expected {{"labels": {{"000000.png": 3}}, "label_names": [...]}}'
             ) from error
         if not labels:
             raise UserError(f"{file}: lists no images")

@@ -11,13 +11,14 @@ import io
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from genvision.data.array_files import write_whole
+from genvision.data.array_files import DAMAGED_ARRAY, alone, write_whole
 from genvision.data.sources import BadImageError, ImageSource, count_formats, decode_rgb, digest_of, one_line, spread
 from genvision.errors import UserError
 from genvision.progress import track
@@ -106,7 +107,8 @@ class _Table:
         stat = (folder / "data.mdb").stat()
         self.facts = np.array([entries, stat.st_size])
         """The number of entries and the size of the file."""
-        identity = digest_of("lsun keys", np.array([str(folder.resolve())]), np.array([entries, stat.st_size, stat.st_mtime_ns]))
+        stamp = [entries, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        identity = digest_of("lsun keys", np.array([str(folder.resolve())]), np.array(stamp))
         self.keys = self._known_keys(user_cache("shard_indexes") / f"lsun-{identity[:32]}.npy", entries)
         """Bytes of fixed width [N], ascending."""
 
@@ -128,24 +130,23 @@ class _Table:
         return value
 
     def _known_keys(self, path: Path, entries: int) -> np.ndarray:
-        try:
-            keys: np.ndarray = np.load(path, allow_pickle=False)
-            if keys.shape == (entries,) and keys.dtype.kind == "S":
+        keys = _stored_keys(path, entries)
+        if keys is not None:
+            return keys
+        with alone(path):
+            keys = _stored_keys(path, entries)  # another process may have listed them meanwhile
+            if keys is not None:
                 return keys
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, EOFError) as error:
-            print(f"warning: {path}: is damaged ({one_line(error)}); the keys are listed again", file=sys.stderr, flush=True)
-        keys = self._list_keys(entries)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file: np.save(file, keys))
-        except OSError as error:
-            print(
-                f"warning: {path}: cannot be written ({error.strerror or one_line(error)}); they are listed again next time",
-                file=sys.stderr,
-                flush=True,
-            )
+            keys = self._list_keys(entries)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, lambda file: np.save(file, keys))
+            except OSError as error:
+                print(
+                    f"warning: {path}: cannot be written ({error.strerror or one_line(error)}); they are listed again next time",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return keys
 
     def _list_keys(self, entries: int) -> np.ndarray:
@@ -154,12 +155,27 @@ class _Table:
         try:
             with _environment(self.folder).begin() as transaction:
                 found = transaction.cursor().iternext(keys=True, values=False)
-                keys = list(track(found, entries, f"listing {self.folder.name}", unit="keys"))
+                show = os.environ.get("RANK", "0") == "0"
+                keys = list(track(found, entries, f"listing {self.folder.name}", unit="keys", show=show))
         except lmdb.Error as error:
             raise UserError(f"{self.folder}: is damaged ({one_line(error)}); download and unpack it again") from error
         if any(key.endswith(b"\0") for key in keys):  # numpy would drop the last byte
             raise UserError(f"{self.folder}: has keys that end in a zero byte, LSUN's are hexadecimal text; write it with such keys")
         return np.array(keys, dtype=np.bytes_)
+
+
+def _stored_keys(path: Path, entries: int) -> np.ndarray | None:
+    """Keys that were listed before, if they are there and whole."""
+    try:
+        keys: np.ndarray = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except DAMAGED_ARRAY as error:
+        print(f"warning: {path}: is damaged ({one_line(error)}); the keys are listed again", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return None
+    return keys if keys.shape == (entries,) and keys.dtype.kind == "S" else None
 
 
 _environments: dict[Path, tuple[int, Any]] = {}

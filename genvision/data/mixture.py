@@ -24,7 +24,7 @@ from PIL import Image
 from genvision.data.datasets import BadImages, Batch
 from genvision.data.encoded import EncodedDataset
 from genvision.data.order import TURNS, MixtureOrder
-from genvision.data.sources import ImageSource, open_source
+from genvision.data.sources import ImageSource, open_source, path_errors
 from genvision.errors import UserError
 
 FORM = "mix:0.7*SPEC;0.3*SPEC"
@@ -165,13 +165,13 @@ def open_encoded(
         UserError: see EncodedDataset and EncodedMixture.
     """
     options: Any = {"seed": seed, "with_features": with_features, "views": views, "shuffle_window": shuffle_window}
-    if not spec.startswith("mix:"):
-        return EncodedDataset(spec.removeprefix(ENCODED), **options)
-    described = parse_mixture(spec, spec.removeprefix("mix:"))
+    described = parse_mixture(spec, spec.removeprefix("mix:")) if spec.startswith("mix:") else [Part(1.0, spec)]
     for part in described:
         if not part.spec.startswith(ENCODED):
             raise UserError(f"{spec}: {part.spec} holds images, other parts hold codes; encode it with the same tokenizer first")
-    return EncodedMixture(spec, described, [EncodedDataset(part.spec.removeprefix(ENCODED), **options) for part in described])
+    with path_errors(spec):
+        parts = [EncodedDataset(part.spec.removeprefix(ENCODED), **options) for part in described]
+    return EncodedMixture(spec, described, parts) if spec.startswith("mix:") else parts[0]
 
 
 class EncodedMixture:

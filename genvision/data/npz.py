@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genvision.data.sources import ImageSource, digest_of, names_of_labels, one_line
+from genvision.data.array_files import DAMAGED_ARRAY
+from genvision.data.class_names import names_of_labels
+from genvision.data.sources import ImageSource, digest_of, one_line
 from genvision.errors import UserError
 from genvision.progress import track
 
 NPZ_ROWS = 64
+DAMAGED_NPZ = (*DAMAGED_ARRAY, zipfile.BadZipFile, zlib.error, KeyError, AttributeError, RuntimeError)
 
 
 class NpzSource(ImageSource):
@@ -32,7 +36,7 @@ class NpzSource(ImageSource):
                 labels = file["arr_1"] if "arr_1" in names else None
             if "arr_0" in names:
                 self.images = open_member(self.path, "arr_0.npy")
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except DAMAGED_NPZ as error:
             raise UserError(f"{self.path}: not an npz file, or damaged ({one_line(error)}); write or copy it again") from error
         if "arr_0" not in names:
             raise UserError(f"{self.path}: has no arr_0 but {', '.join(names)}; expected images uint8 [N, H, W, 3] under arr_0")
@@ -88,9 +92,12 @@ def open_member(path: Path, member: str) -> np.ndarray:
         file.seek(info.header_offset)
         header = file.read(30)  # a local zip header: its last four bytes are the lengths of name and extra field
         file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+        begin = file.tell()
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
-        if dtype.hasobject or 0 in shape:
+        if dtype.hasobject or min(shape, default=1) < 1:
             raise ValueError(f"{member} is {dtype} {list(shape)}")
+        if file.tell() - begin + math.prod(shape) * dtype.itemsize > info.file_size:  # the next member would be read as its end
+            raise ValueError(f"{member} is cut off: it has {info.file_size} bytes, too few for {dtype} {list(shape)}")
         return np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genvision.data.sources import BadImageError, ImageSource, count_formats, decode_rgb, digest_of, names_of_labels, one_line, spread
+from genvision.data.class_names import names_of_labels
+from genvision.data.sources import BadImageError, ImageSource, count_formats, decode_rgb, digest_of, one_line, spread
 from genvision.errors import UserError
 from genvision.progress import track
 
@@ -44,8 +45,7 @@ class ParquetSource(ImageSource):
     def _bytes_or_path(self, index: int) -> Any:
         if self._column is None:
             self._column = self._data.data.column(self.image_column)
-        value = self._column[index].as_py()
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        data, path = bytes_or_path(self._column[index].as_py())
         if data is None and path is None:
             raise BadImageError(self.name(index), "the row holds no image")
         return io.BytesIO(data) if data is not None else path
@@ -82,7 +82,8 @@ class ParquetSource(ImageSource):
         if pyarrow.types.is_struct(column.type):
             column = pyarrow.compute.struct_field(column, "bytes")
         # a row may hold a path instead of an image
-        return None if column.null_count else int(pyarrow.compute.sum(pyarrow.compute.binary_length(column)).as_py())
+        is_bytes = pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type)
+        return None if column.null_count or not is_bytes else int(pyarrow.compute.sum(pyarrow.compute.binary_length(column)).as_py())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_column": None}
@@ -91,11 +92,7 @@ class ParquetSource(ImageSource):
         if self.label_column is None:
             return np.zeros(len(self._data), dtype=np.int64), ["all"]
         column = self._data.data.column(self.label_column)
-        if column.null_count:
-            raise UserError(
-                f"{self.files[0]}: column {self.label_column} has {column.null_count} rows without a label; leave such rows out"
-            )
-        labels = column.to_numpy().astype(np.int64)
+        labels = labels_of(self.files[0], self.label_column, column)
         where = f"{self.spec}: column {self.label_column}"
         return labels, names_of_labels(where, labels, getattr(features[self.label_column], "names", None))
 
@@ -118,7 +115,7 @@ def find_image_column(file: str, features: Any) -> str:
     images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     if len(images) == 1:
         return str(images[0])
-    raise UserError(f"{file}: no column named image or img among {', '.join(features)}; rename the column of the images")
+    raise UserError(f"{file}: no column named image or img among {', '.join(features)}; {mend(file, 'rename the column of the images')}")
 
 
 def find_label_column(file: str, features: Any, image_column: str) -> str | None:
@@ -128,8 +125,39 @@ def find_label_column(file: str, features: Any, image_column: str) -> str | None
             return name
     whole = [name for name, f in features.items() if name != image_column and "int" in str(getattr(f, "dtype", ""))]
     if len(whole) > 1:
-        raise UserError(f"{file}: which of the columns {', '.join(whole)} is the label? rename it to label")
+        raise UserError(f"{file}: which of the columns {', '.join(whole)} is the label? {mend(file, 'rename it to label')}")
     return whole[0] if whole else None
+
+
+def labels_of(file: str, name: str, column: Any) -> np.ndarray:
+    """int64 [N] of an Arrow column.
+
+    Raises:
+        UserError: they are no whole numbers, or one is missing.
+    """
+    import pyarrow
+
+    if not pyarrow.types.is_integer(column.type):
+        raise UserError(f"{file}: column {name} is {column.type}, expected whole numbers; give a data set with one label an image")
+    if column.null_count:
+        raise UserError(f"{file}: column {name} has {column.null_count} rows without a label; {mend(file, 'leave such rows out')}")
+    labels: np.ndarray = column.to_numpy().astype(np.int64)
+    return labels
+
+
+def bytes_or_path(value: Any) -> tuple[bytes | None, str | None]:
+    """What a row holds of its image: an encoded file, or the path of one, alone or in Hugging Face's pair of both; or nothing."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
+    return data if isinstance(data, bytes) else None, path if isinstance(path, str) else None
+
+
+def mend(file: str, own: str) -> str:
+    """What to do about a file: `own` if it is here, where it can be changed."""
+    return "choose another split or data set" if is_remote(file) else own
+
+
+def is_remote(file: str) -> bool:
+    return "://" in file
 
 
 def _load_parquet(files: list[str], columns: list[str]) -> Any:

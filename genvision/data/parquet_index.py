@@ -6,20 +6,22 @@ Files are local paths, or addresses of fsspec such as hf://datasets/OWNER/NAME@C
 """
 
 import json
+import os
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from genvision.data.array_files import write_whole
-from genvision.data.parquet import find_image_column, find_label_column
-from genvision.data.sources import digest_of, names_of_labels, one_line
+from genvision.data.array_files import alone, write_whole
+from genvision.data.class_names import names_of_labels
+from genvision.data.npz import DAMAGED_NPZ
+from genvision.data.parquet import find_image_column, find_label_column, is_remote, labels_of, mend
+from genvision.data.sources import digest_of, one_line
 from genvision.errors import UserError
 from genvision.progress import track
 from genvision.user_cache import user_cache
@@ -70,7 +72,12 @@ def open_index(files: Sequence[str], features: Any | None) -> tuple[ParquetIndex
     identity = digest_of("parquet index", np.array(json.dumps([facts, PIECE_BYTES, features and features.to_dict()])))[:32]
     path = user_cache("shard_indexes") / f"parquet-{identity}.npz"
     index = _stored(path)
-    if index is None:
+    if index is not None:
+        return index, identity
+    with alone(path):
+        index = _stored(path)  # another process may have listed them meanwhile
+        if index is not None:
+            return index, identity
         index = _build(files, features)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,12 +128,10 @@ def _parquet(file: str) -> Iterator[Any]:
     except (pyarrow.ArrowException, OSError, HTTPError) as error:
         # Arrow reports damage as its own exceptions or as a bare OSError; those of disks and networks have a number or a class of their own
         if isinstance(error, pyarrow.ArrowException) or (type(error) is OSError and error.errno is None):
-            raise DamagedFileError(f"{file}: is damaged, or no parquet file ({one_line(error)}); write or copy it again") from error
+            raise DamagedFileError(
+                f"{file}: is damaged, or no parquet file ({one_line(error)}); {mend(file, 'write or copy it again')}"
+            ) from error
         raise UserError(f"{file}: cannot be read ({one_line(error)}); check the disk or network, then run again") from error
-
-
-def is_remote(file: str) -> bool:
-    return "://" in file
 
 
 def _stamp(file: str) -> list[int]:
@@ -134,7 +139,7 @@ def _stamp(file: str) -> list[int]:
     if is_remote(file):
         return []
     stat = Path(file).stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # `cp -p` gives a new file the time of an old one
 
 
 def _build(files: Sequence[str], features: Any | None) -> ParquetIndex:
@@ -147,7 +152,8 @@ def _build(files: Sequence[str], features: Any | None) -> ParquetIndex:
     label_column = find_label_column(files[0], features, image_column)
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
         rows = pool.map(lambda file: _read_rows(file, image_column, label_column), files)
-        found = list(track(rows, len(files), "listing parquet files", unit="files", show=len(files) > INDEX_THREADS))
+        show = len(files) > INDEX_THREADS and os.environ.get("RANK", "0") == "0"
+        found = list(track(rows, len(files), "listing parquet files", unit="files", show=show))
     labels = np.concatenate([labels for labels, _ in found])
     if not len(labels):
         raise UserError(f"{files[0]}: the files of this split hold no rows; choose another split")
@@ -161,22 +167,18 @@ def _build(files: Sequence[str], features: Any | None) -> ParquetIndex:
 
 def _read_rows(file: str, image_column: str, label_column: str | None) -> tuple[np.ndarray, np.ndarray]:
     """(labels int64 [n], rows and bytes of each row group int64 [G, 2])"""
-    import pyarrow
-
     with _parquet(file) as content:
         for column in (image_column, label_column):
             if column is not None and column not in content.schema_arrow.names:
-                raise UserError(f"{file}: has no column {column}, as other files of the split have; mend or remove the file")
+                raise UserError(
+                    f"{file}: has no column {column}, as other files of the split have; {mend(file, 'mend or remove the file')}"
+                )
         groups = [content.metadata.row_group(number) for number in range(content.metadata.num_row_groups)]
         sizes = [[group.num_rows, _image_bytes(group, image_column)] for group in groups]
         if label_column is None:
             return np.zeros(content.metadata.num_rows, dtype=np.int64), np.array(sizes, dtype=np.int64).reshape(-1, 2)
         column = content.read(columns=[label_column], use_threads=False).column(0)
-    if not pyarrow.types.is_integer(column.type):
-        raise UserError(f"{file}: column {label_column} is {column.type}, expected whole numbers; give a data set with one label an image")
-    if column.null_count:
-        raise UserError(f"{file}: column {label_column} has {column.null_count} rows without a label; leave such rows out")
-    return column.to_numpy().astype(np.int64), np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    return labels_of(file, label_column, column), np.array(sizes, dtype=np.int64).reshape(-1, 2)
 
 
 def _image_bytes(group: Any, image_column: str) -> int:
@@ -211,6 +213,8 @@ def _stored(path: Path) -> ParquetIndex | None:
             return ParquetIndex(**{name: json.loads(str(array)) if array.dtype.kind == "U" else array for name, array in file.items()})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except DAMAGED_NPZ as error:
         print(f"warning: {path}: is damaged ({one_line(error)}); the files are listed again", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return None

@@ -13,8 +13,11 @@ from genvision.data.sources import one_line
 from genvision.errors import UserError
 
 
-def open_batch(path: Path, size: int, label_key: str) -> tuple[ArrayFile, np.ndarray]:
+def open_batch(path: Path, size: int, label_key: str, sibling: tuple[int, str] | None = None) -> tuple[ArrayFile, np.ndarray]:
     """Images of `size` x `size` pixels, each a row of all red values, then green, then blue; and their labels int64 [N] as they stand.
+
+    Args:
+        sibling: see checked_images.
 
     Raises:
         UserError: the file is missing, damaged or of another content, or its pickle wants to run something.
@@ -23,7 +26,7 @@ def open_batch(path: Path, size: int, label_key: str) -> tuple[ArrayFile, np.nda
     for key in ("data", label_key):
         if key not in content:
             raise UserError(f"{path}: has no {key} but {', '.join(map(str, content))}; expected data and {label_key}")
-    images = checked_images(f"{path}: data", content["data"], size)
+    images = checked_images(f"{path}: data", content["data"], size, sibling)
     labels = checked_labels(f"{path}: {label_key}", content[label_key], len(images))
     return ArrayFile(path, images, partial(_data, path), partial(planes, size)), labels
 
@@ -45,8 +48,11 @@ def read_dictionary(path: Path) -> dict[str, Any]:
     return content
 
 
-def checked_images(where: str, images: Any, size: int) -> np.ndarray:
+def checked_images(where: str, images: Any, size: int, sibling: tuple[int, str] | None = None) -> np.ndarray:
     """uint8 [N, 3 * size * size].
+
+    Args:
+        sibling: another size, and the kind of data that has it.
 
     Raises:
         UserError: they are something else.
@@ -54,7 +60,9 @@ def checked_images(where: str, images: Any, size: int) -> np.ndarray:
     if not isinstance(images, np.ndarray):
         raise UserError(f"{where} is {type(images).__name__}, expected an array uint8 [N, {3 * size * size}]")
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3 * size * size or not len(images):
-        raise UserError(f"{where} is {images.dtype} {list(images.shape)}, expected uint8 [N, {3 * size * size}] ({size} x {size} pixels)")
+        expected = f"uint8 [N, {3 * size * size}] ({size} x {size} pixels)"
+        mend = f"; give {sibling[1]}" if sibling is not None and images.shape[1:] == (3 * sibling[0] ** 2,) else ""
+        raise UserError(f"{where} is {images.dtype} {list(images.shape)}, expected {expected}{mend}")
     return images
 
 

@@ -2,24 +2,22 @@
 
 A shard behind `simplecache::` is copied as a whole when it is first used: into the user's cache folder, or the one that fsspec's own
 setting FSSPEC_SIMPLECACHE_CACHE_STORAGE names. All processes and later runs share the copies. (fsspec's own cache would hand one process
-a copy that another one has half written.) Nothing that is open crosses a fork or a pickle.
+a copy that another one has half written.) No file system crosses a fork, and nothing that is open a pickle.
 """
 
 import io
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from genvision.data.array_files import write_whole
+from genvision.data.array_files import alone, write_whole
+from genvision.data.open_files import open_file
 from genvision.data.shard_addresses import list_shards
 from genvision.data.sources import digest_of, one_line
 from genvision.errors import UserError
@@ -27,8 +25,6 @@ from genvision.user_cache import user_cache
 
 T = TypeVar("T")
 THREADS = 8
-MAX_OPEN = 256
-"""Files that a process keeps open."""
 READ_AHEAD = 8 << 20
 """Bytes of a request while a remote shard is read from end to end."""
 WAITS = (1.0, 5.0, 25.0)
@@ -60,7 +56,8 @@ class ShardFiles:
         if "cache::" in self.address:
             raise UserError(f"{address}: of fsspec's caches only simplecache:: is known, in front of all; write {_COPIED}PROTOCOL://PATH")
         self._copies = _copies_folder() if address.startswith(_COPIED) and not self.is_local else None
-        self._found, self._opener = _NOTHING, _NOTHING
+        self._found = _NOTHING
+        self._copied: dict[int, str] = {}
         fs, path = self._filesystem()
         self.paths = self._patiently(address, lambda: list_shards(fs, path, address))
         with ThreadPoolExecutor(THREADS) as pool:
@@ -86,11 +83,12 @@ class ShardFiles:
         if not self.is_local and self._copies is None:
             return self._read_remote(shard, offset, size)
         try:
-            opened = self._open(shard)  # held until the bytes are here: another thread may drive it out
+            opened = open_file(self._local_path(shard), int(self.sizes[shard]), self.versions[shard])
             data = os.pread(opened.number, size, offset)
+            is_whole = len(data) == size and opened.num_bytes == self.sizes[shard]
         except OSError as error:
             raise self._failed(shard, error) from error
-        if len(data) != size:
+        if not is_whole:
             raise self._changed(shard)
         return data
 
@@ -135,21 +133,6 @@ class ShardFiles:
             self._found = os.getpid(), found
         return found
 
-    def _open(self, shard: int) -> "_Descriptor":
-        process, open_file = self._opener
-        if process != os.getpid():
-            # one that is driven out closes as soon as no thread reads from it any more
-            open_file = lru_cache(maxsize=MAX_OPEN)(self._open_file)
-            self._opener = os.getpid(), open_file
-        opened: _Descriptor = open_file(shard)
-        return opened
-
-    def _open_file(self, shard: int) -> "_Descriptor":
-        opened = _Descriptor(os.open(self._local_path(shard), os.O_RDONLY))
-        if os.fstat(opened.number).st_size != self.sizes[shard]:
-            raise self._changed(shard)
-        return opened
-
     def _changed(self, shard: int) -> UserError:
         return UserError(f"{self.url(shard)}: has changed since it was opened; run again, and it is indexed anew")
 
@@ -157,7 +140,11 @@ class ShardFiles:
         return UserError(f"{self.url(shard)}: cannot be read ({one_line(error)}); check the disk, then run again")
 
     def _local_path(self, shard: int) -> str:
-        return self.paths[shard] if self._copies is None else str(self._copy(shard, self._copies))
+        if self._copies is None:
+            return self.paths[shard]
+        if shard not in self._copied:
+            self._copied[shard] = str(self._copy(shard, self._copies))
+        return self._copied[shard]
 
     def _copy(self, shard: int, folder: Path) -> Path:
         url, size = self.url(shard), int(self.sizes[shard])
@@ -166,7 +153,7 @@ class ShardFiles:
             return copy
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(copy.with_suffix(".lock")):
+            with alone(copy):
                 if not copy.exists():  # another process may have made it meanwhile
                     with io.BufferedReader(_RemoteFile(lambda *where: self._read_remote(shard, *where), size), READ_AHEAD) as source:
                         write_whole(copy, lambda file: shutil.copyfileobj(source, file, READ_AHEAD))
@@ -198,7 +185,11 @@ class ShardFiles:
             raise UserError(f"{self._url(path)}: is a folder, not a tar file; name the tar files")
         if info["size"] is None:
             raise UserError(f"{self._url(path)}: the server does not tell its size; download the shards and name the copies")
-        return int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
+        if self.is_local:  # `cp -p` and `rsync -t` give a new file the time of an old one
+            version = f"{info['mtime']} {info['created']} {info['ino']}"
+        else:
+            version = next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
+        return int(info["size"]), version
 
     def _url(self, path: str) -> str:
         return path if self.is_local else str(self._filesystem()[0].unstrip_protocol(path))
@@ -221,17 +212,7 @@ class ShardFiles:
         raise AssertionError("the last try returns or raises")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_found": _NOTHING, "_opener": _NOTHING}
-
-
-class _Descriptor:
-    """A file descriptor that closes with its last user."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
+        return {**self.__dict__, "_found": _NOTHING, "_copied": {}}
 
 
 class _RemoteFile(io.RawIOBase):
@@ -283,15 +264,3 @@ def _copies_folder() -> Path:
 
     storage = fsspec.config.conf.get("simplecache", {}).get("cache_storage")
     return user_cache("shards") if storage is None else Path(storage).expanduser()
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; where there are no locks the same copy may be made twice, which is only slow."""
-    with path.open("wb") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -5,6 +5,7 @@ all of them over the network, and hold them in memory of its own. A table is wri
 """
 
 import os
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from genvision.errors import UserError
 
 NUM_LOCKS = 64
 """Lock files of a folder; tables whose names fall on the same one wait for each other."""
+WRITING_SECONDS = 3600
+"""A `.part` file that is younger is being written by another process; an older one was left behind."""
 
 
 class SharedTables:
@@ -44,20 +47,27 @@ class SharedTables:
             self._mapped.move_to_end(name)
             return self._mapped[name]
         path = self.folder / f"{name}.arrow"
-        while (table := _map(path)) is None:  # twice only if another process needed the room at this very moment
-            try:
+        try:
+            while (table := _map(path)) is None:  # twice only if another process needed the room at this very moment
                 self._add(path, read)
-            except OSError as error:
-                why = error.strerror or one_line(error)
-                raise UserError(
-                    f"{self.folder}: cannot be written ({why}); free up to {self.max_bytes / 1e9:.1f} GB there, "
-                    "or set GENVISION_CACHE to a folder on a disk with that much room"
-                ) from error
+        except OSError as error:
+            why = error.strerror or one_line(error)
+            raise UserError(
+                f"{self.folder}: cannot be written ({why}); free up to {self.max_bytes / 1e9:.1f} GB there, "
+                "or set GENVISION_CACHE to a folder on a disk with that much room"
+            ) from error
         self._mapped[name] = table
         self.mapped_bytes += table.nbytes
         while self.mapped_bytes > self.max_bytes and len(self._mapped) > 1:
             self.mapped_bytes -= self._mapped.popitem(last=False)[1].nbytes
         return table
+
+    def remove(self, name: str) -> None:
+        """Delete a table, so that it is made again."""
+        table = self._mapped.pop(name, None)
+        self.mapped_bytes -= 0 if table is None else table.nbytes
+        with suppress(OSError):  # a folder that may only be read: it stays as it is
+            (self.folder / f"{name}.arrow").unlink(missing_ok=True)
 
     def _add(self, path: Path, read: Callable[[], Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,12 +80,13 @@ class SharedTables:
 
     def _make_room(self, newest: Path) -> None:
         """Delete what was opened longest ago, remains of interrupted writes included."""
-        found = []
+        found, now = [], time.time()
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):  # another process makes room as well
-                    if not entry.name.endswith(".lock"):
-                        stat = entry.stat()
+                    stat = entry.stat()
+                    in_use = entry.name.endswith(".part") and stat.st_mtime > now - WRITING_SECONDS
+                    if not in_use and not entry.name.endswith(".lock"):
                         found.append((stat.st_mtime_ns, stat.st_size, Path(entry.path)))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
@@ -101,6 +112,10 @@ def _map(path: Path) -> Any:
 
     try:
         os.utime(path)  # the time of its last opening
+    except OSError:
+        if not os.access(path, os.R_OK):  # it is not there, or is in a folder that may only be read
+            return None
+    try:
         return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
     except FileNotFoundError:
         return None

@@ -13,10 +13,9 @@ A part of the spec is `train`, or `val` for the validation images. Pickles, npy 
 is unpacked into memory (np.savez writes it as it should be).
 """
 
+import math
 import re
 import sys
-import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from genvision.data.image_arrays import ArrayFile, ArraySource, interleaved, planes
 from genvision.data.image_files import FolderSource
-from genvision.data.npz import open_member
+from genvision.data.npz import DAMAGED_NPZ, open_member
 from genvision.data.pickled_batches import check_range, checked_images, checked_labels, open_batch
 from genvision.data.sources import ImageSource, one_line, path_and_part
 from genvision.errors import UserError
@@ -32,7 +31,6 @@ from genvision.errors import UserError
 NUM_CLASSES = 1000
 NUM_TRAIN_FILES = 10
 MAP_FILE = "map_clsloc.txt"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
 
 
 def open_small_imagenet(spec: str, rest: str) -> ImageSource:
@@ -65,7 +63,7 @@ class LabelledSmallImageNet(ArraySource):
     """Chrabaszcz et al.'s images, in the order of the files (which is shuffled)."""
 
     def __init__(self, spec: str, paths: list[Path], size: int) -> None:
-        opened = [_open_npz(path, size) if path.suffix == ".npz" else open_batch(path, size, "labels") for path in paths]
+        opened = [_open_npz(path, size) if path.suffix == ".npz" else open_batch(path, size, "labels", _sibling(size)) for path in paths]
         for path, (_, labels) in zip(paths, opened, strict=True):
             check_range(f"{path}:", labels, 1, NUM_CLASSES)
         labels = np.concatenate([labels for _, labels in opened]) - 1
@@ -116,9 +114,9 @@ def _open_npz(path: Path, size: int) -> tuple[ArrayFile, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             stored = file["labels"]
         images = open_data()
-    except _DAMAGED as error:
+    except DAMAGED_NPZ as error:
         raise UserError(f"{path}: cannot be read as an npz with data and labels ({one_line(error)}); download it again") from error
-    checked_images(f"{path}: data", images, size)
+    checked_images(f"{path}: data", images, size, _sibling(size))
     labels = checked_labels(f"{path}: labels", stored, len(images))
     return ArrayFile(path, images, open_data, partial(planes, size)), labels
 
@@ -150,11 +148,19 @@ def _open_unlabelled(spec: str, path: Path, part: str, size: int) -> ArraySource
     open_array = partial(open_member, path, f"{key}.npy") if path.suffix == ".npz" else whole_file
     try:
         images = open_array()
-    except _DAMAGED as error:
+    except DAMAGED_NPZ as error:
         raise UserError(f"{path}: cannot be read as an array of images ({one_line(error)}); download it again") from error
     flat = planes if size == 32 else interleaved  # as the dumps for distribution augmentation (Jun et al., 2020) were written
     arrange = {(size, size, 3): interleaved, (3, size, size): planes, (3 * size * size,): flat}.get(images.shape[1:])
-    if images.dtype != np.uint8 or not len(images) or arrange is None:
-        raise UserError(f"{path}: is {images.dtype} {list(images.shape)}, expected uint8 [N, {size}, {size}, 3] or [N, 3, {size}, {size}]")
+    if images.dtype != np.uint8 or not images.size or arrange is None:
+        found = f"{path}: is {images.dtype} {list(images.shape)}"
+        other, kind = _sibling(size)
+        mend = f"; give {kind}" if math.prod(images.shape[1:]) == 3 * other * other else ""
+        raise UserError(f"{found}, expected uint8 [N, {size}, {size}, 3] or [N, 3, {size}, {size}]{mend}")
     files = [ArrayFile(path, images, open_array, partial(arrange, size))]
     return ArraySource(spec, files, np.zeros(len(images), dtype=np.int64), [f"{'train' if part == 'train' else 'valid'}_{size}x{size}"])
+
+
+def _sibling(size: int) -> tuple[int, str]:
+    """The other size, and the kind of data that has it."""
+    return 96 - size, f"imagenet{96 - size}:"

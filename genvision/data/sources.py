@@ -30,7 +30,8 @@ import importlib
 import struct
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +115,11 @@ def open_source(spec: str) -> ImageSource:
     Raises:
         UserError: the form is unknown, or there are no images.
     """
+    with path_errors(spec):
+        return _open(spec)
+
+
+def _open(spec: str) -> ImageSource:
     scheme, _, rest = spec.partition(":")
     is_named = scheme in SCHEMES and (bool(rest) or spec == "digits")  # a folder may be called imagenet
     if not is_named and Path(spec).expanduser().exists():
@@ -134,8 +140,9 @@ def open_image(path: str | Path) -> Image.Image:
         UserError: there is no such file.
         BadImageError: it cannot be decoded.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give the path of an image")
+    with path_errors(str(path)):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file; give the path of an image")
     return decode_rgb(str(path), str(path))
 
 
@@ -229,6 +236,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@contextmanager
+def path_errors(spec: str) -> Iterator[None]:
+    """What the system says of paths that cannot be opened becomes a UserError: too long, not allowed, links in a circle, no such user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{spec[:200]}: {one_line(error)}; check the path") from error
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # `~name`, where there is no such user
+            raise
+        raise UserError(f"{spec[:200]}: {one_line(error)}; check the path") from error
+
+
 def path_and_part(spec: str, rest: str, parts: tuple[str, ...]) -> tuple[Path, str]:
     """The path and the part of a data set in `PATH` or `PATH:PART`; the first part unless told.
 
@@ -245,18 +265,6 @@ def path_and_part(spec: str, rest: str, parts: tuple[str, ...]) -> tuple[Path, s
     if not found.exists():
         raise UserError(f"{found}: no such file or folder; give {spec.partition(':')[0]}:PATH or PATH:{parts[-1]}")
     return found, part
-
-
-def names_of_labels(where: str, labels: np.ndarray, names: Any) -> list[str]:
-    """The names, after a check that every label has one; numbers where no names are known."""
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0:
-        raise UserError(f"{where}: has the label {lowest}, labels start at 0 (is it an unlabelled split?); leave such images out")
-    if names is None:
-        return [str(label) for label in range(highest + 1)]
-    if highest >= len(names):
-        raise UserError(f"{where}: has the label {highest}, but names for {len(names)} classes only; add the names or mend the label")
-    return [str(name) for name in names]
 
 
 def file_hash(name: str | Path) -> str:

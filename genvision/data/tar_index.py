@@ -222,7 +222,7 @@ class _Samples:
             return None
         try:
             content = json.loads(self.json)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._wrong(f"has a .json that cannot be read ({one_line(error)}); mend or remove it") from error
         key = next((key for key in JSON_LABELS if isinstance(content, dict) and content.get(key) is not None), None)
         return None if key is None else self._number(content[key], f".json under {key!r}")

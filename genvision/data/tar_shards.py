@@ -12,16 +12,15 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from genvision.data.class_names import list_of_names, names_of_labels
 from genvision.data.order import Order, SampleOrder
 from genvision.data.shard_files import THREADS, ShardFiles
-from genvision.data.sources import BadImageError, ImageSource, count_formats, decode_rgb, digest_of, names_of_labels, one_line, spread
+from genvision.data.sources import BadImageError, ImageSource, count_formats, decode_rgb, digest_of, one_line, spread
 from genvision.data.tar_index import HEADER, TarIndex, index_shards
 from genvision.errors import UserError
 from genvision.progress import Progress
@@ -125,29 +124,28 @@ def _narrow(sizes: np.ndarray) -> np.ndarray:
     return sizes.astype(np.int32) if sizes.max() < 1 << 31 else sizes
 
 
-def _class_names(files: ShardFiles) -> list[Any] | None:
+def _class_names(files: ShardFiles) -> list[str] | None:
     """Names from a file beside the shards, if there is one."""
     for name in NAME_FILES:
         content = files.read_beside(name)
         if content is None:
             continue
         try:
-            found = [*_names_in(name, content)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = _names_in(name, content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{name} beside {files.url(0)}: cannot be read ({one_line(error)}); mend or remove it") from error
         if found:
             return found
     return None
 
 
-def _names_in(name: str, content: bytes) -> Iterator[Any]:
+def _names_in(name: str, content: bytes) -> list[str]:
     if name == "classes.txt":
-        yield from content.decode().strip().splitlines()
-    elif name == "label_names.json":
-        parsed = json.loads(content)
-        yield from parsed if isinstance(parsed, list) else parsed["label_names"]
-    else:
-        features = (json.loads(content).get("features") or {}).values()
-        class_labels = [feature for feature in features if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"]
-        if len(class_labels) == 1:
-            yield from class_labels[0]["names"]
+        lines = content.decode("utf-8-sig").strip().splitlines()  # editors on Windows put a mark before the first line
+        return [line.strip() for line in lines]
+    parsed = json.loads(content)
+    if name == "label_names.json":
+        return list_of_names(parsed if isinstance(parsed, list) else parsed["label_names"])
+    features = (parsed.get("features") or {}).values()
+    class_labels = [feature for feature in features if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"]
+    return list_of_names(class_labels[0]["names"]) if len(class_labels) == 1 else []

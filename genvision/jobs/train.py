@@ -20,7 +20,7 @@ from genvision.data.mixture import is_encoded
 from genvision.errors import UserError
 from genvision.images import make_grid, save_png, to_uint8
 from genvision.jobs.train_data import data_hashes, held_out_batches, held_out_images, image_dataset
-from genvision.jobs.train_generator import COUNTED, PREVIEW_COLUMNS, GeneratorJob
+from genvision.jobs.train_generator import PREVIEW_COLUMNS, GeneratorJob
 from genvision.jobs.train_start import start_weights
 from genvision.pipeline import save_parts
 from genvision.processes import from_main, process_state
@@ -59,6 +59,10 @@ FREE_TO_CHANGE = {
 """Options that may change when a run goes on, those of `scores` too. Data and tokenizer may lie elsewhere: their hashes are compared. All
 but num_steps leave the weights of every step as they were; what follows the length of a run, a decay of the learning rate or the
 distillation of nested networks, goes on along the new one."""
+
+
+DECIDE_ORDER = {"data", "seed", "data.shuffle_window"}
+"""What gives another order where it is allowed to change."""
 
 
 def run_training(config: TrainConfig, *, allow_change: frozenset[str] = frozenset()) -> Path | None:
@@ -115,13 +119,14 @@ def _run(
         )
         return streams[-1]
 
-    other_data_has_another_order = {"order"} if "data" in allow_change else set()
-    identity = Identity(hashes=from_main(job.hashes), may_change=allow_change | other_data_has_another_order, changes=changes)
+    may_change = allow_change | ({"order"} if allow_change & DECIDE_ORDER else set())
+    accepted = partial(save_config, config, output / "config.yaml")
+    identity = Identity(hashes=from_main(job.hashes), may_change=may_change, changes=changes, accepted=accepted)
     observers = Observers(
         preview=partial(job.preview, output / "previews"),
         held_out=job.held_out,
         scores=job.scores,
-        flops_per_sample=job.flops_per_sample() if accelerator.device.type == "cuda" else None,
+        flops_per_sample=from_main(job.flops_per_sample) if accelerator.device.type == "cuda" else None,
     )
     model = train(config, accelerator, job.stage, stream, observers=observers, identity=identity)
     if model is not None and accelerator.is_main_process:
@@ -140,20 +145,25 @@ def _run(
 
 
 def _open_run(config: TrainConfig, output: Path, allow_change: frozenset[str], stack: ExitStack) -> dict[str, Any]:
-    """Lock the folder of a run, and write down its configuration; gives the options that were changed, to their old and new values."""
+    """Lock the folder of a run, and write down the configuration of a new one; gives what changed since, see `_changes`."""
     saved = output / "config.yaml"
     if output.exists() and any(path.name != RUN_LOCK for path in output.iterdir()) and not saved.is_file():
         raise UserError(f"{output}: is not a run of genvision train (config.yaml is missing); choose another output_dir")
     stack.enter_context(RunLock(output))
-    changes = _changes(saved, config, allow_change) if saved.is_file() else {}
+    if saved.is_file():
+        return _changes(saved, config, allow_change)
     save_config(config, saved)
-    return changes
+    return {}
 
 
 def _forget_empty_run(output: Path) -> None:
     """Leave no folder behind a run that failed before its first step."""
-    if {path.name for path in output.iterdir()} <= {"config.yaml", RUN_LOCK}:
-        shutil.rmtree(output)
+    names = {path.name for path in output.iterdir()}
+    if names <= {"config.yaml", RUN_LOCK}:
+        for name in names:
+            (output / name).unlink()
+        if not output.is_symlink():
+            output.rmdir()
 
 
 def _check_tracker(name: str | None) -> None:
@@ -169,7 +179,13 @@ def _changes(saved: Path, config: TrainConfig, allow_change: frozenset[str]) -> 
     Raises:
         UserError: one of them would change the result, and that is not allowed.
     """
-    old, new = flat_values(yaml.safe_load(saved.read_text())), flat_values(config)
+    try:
+        content = yaml.safe_load(saved.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{saved}: is damaged ({' '.join(str(error).split())[:120]}); restore it, or choose another output_dir") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{saved}: holds no options; restore it, or choose another output_dir")
+    old, new = flat_values(content), flat_values(config)
     if younger := new.keys() - old.keys():  # options that the run did not know yet: it did what their defaults do
         defaults = flat_values(load_train_config(["--config", str(saved)])[0])
         old |= {key: defaults.get(key) for key in younger}
@@ -229,8 +245,12 @@ class _TokenizerJob:
 
     def flops_per_sample(self) -> float:
         """Of forward and backward pass of the tokenizer, without an adversary's."""
-        images = self.dataset.get_batch(np.arange(COUNTED), np.arange(COUNTED) % len(self.dataset))["images"]
-        return training_flops(lambda: self.model(images)) / COUNTED
+        images = self.dataset.plain(0)[None]
+        self.model.eval()  # moving averages of a codebook must not move
+        try:
+            return training_flops(lambda: self.model(images))
+        finally:
+            self.model.train()
 
     def hashes(self) -> dict[str, str]:
         return data_hashes(self.config, self.dataset)

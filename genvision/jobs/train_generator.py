@@ -30,8 +30,6 @@ from genvision.training.throughput import training_flops
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
 UNCONDITIONAL = "image"
 """Name of the one class of a model that knows none."""
-COUNTED = 8
-"""Samples of the batch whose FLOPs are counted."""
 
 
 class GeneratorJob:
@@ -122,8 +120,12 @@ class GeneratorJob:
     def flops_per_sample(self) -> float:
         """Of forward and backward pass of the generator."""
         with torch.no_grad():
-            batch = self.stage.coded(self.dataset.get_batch(np.arange(COUNTED), np.arange(COUNTED) % len(self.dataset)))
-        return training_flops(lambda: self.stage.objective(self.model, batch)) / COUNTED
+            batch = self.stage.coded(self.dataset.get_batch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)))
+        self.model.eval()
+        try:
+            return training_flops(lambda: self.stage.objective(self.model, batch))
+        finally:
+            self.model.train()
 
     def _guidance_scores(self, config: TrainConfig, objective: Objective) -> Callable[[nn.Module], float] | None:
         """What Model-guidance follows with its scale, if it does."""

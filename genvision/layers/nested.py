@@ -144,14 +144,14 @@ class NestedSwiGLU(SwiGLU):
     """down(silu(gate x) * up x) without biases; also of its first hidden units alone."""
 
     def forward(self, x: Tensor, nesting: int = 1) -> Tensor:
-        weights: tuple[Tensor, Tensor, Tensor] = (self.gate.weight, self.up.weight, self.down.weight)
-        if nesting > 1:
-            first = self.gate.out_features // nesting
-            weights = weights[0][:first], weights[1][:first], weights[2][:, :first]
-        gate, up = F.linear(x, weights[0]), F.linear(x, weights[1])
+        first = self.gate.out_features // nesting
+        if nesting == 1:  # the layers themselves, whose adapters work then
+            gate, up = self.gate(x), self.up(x)
+        else:
+            gate, up = F.linear(x, self.gate.weight[:first]), F.linear(x, self.up.weight[:first])
         # without gradients nobody asks for the gate again: one buffer of the hidden width less
         hidden = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
-        return self.dropout(F.linear(hidden, weights[2]))
+        return self.dropout(self.down(hidden) if nesting == 1 else F.linear(hidden, self.down.weight[:, :first]))
 
     def multiply_adds(self, num_queries: int, nesting: int) -> int:
         """Of one row."""

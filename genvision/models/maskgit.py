@@ -274,7 +274,7 @@ class MaskGIT(Trunk, MaskedGenerator, ModelMixin, ConfigMixin):
 
     def _predict(self, x: Tensor, whole_vocabulary: bool) -> Tensor:
         """Normalised hidden states [B, M, C] -> logits [B, M, K], or [B, M, vocabulary_size]."""
-        if isinstance(self.to_logits, nn.Linear):
+        if not isinstance(self.to_logits, TiedHead):
             return self.to_logits(x)
         table = self.token_embed.weight
         if not whole_vocabulary:
@@ -283,7 +283,7 @@ class MaskGIT(Trunk, MaskedGenerator, ModelMixin, ConfigMixin):
 
     def _loss(self, x: Tensor, targets: TokenTargets) -> TokenLosses:
         """Of the logits of the codes, from the same."""
-        if isinstance(self.to_logits, nn.Linear):
+        if not isinstance(self.to_logits, TiedHead):
             return layer_loss(self.to_logits, x, targets)
         count = self.codebook_size
         return head_loss(self.to_logits.read(x), self.token_embed.weight[:count], self.to_logits.bias[:count], targets)

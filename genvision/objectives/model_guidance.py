@@ -133,10 +133,10 @@ class ModelGuidance:
     @torch.no_grad()
     def correction(self, x_t: Tensor, network_time: Tensor, labels: Tensor, rows: Rows, draws: TrainingDraws) -> Tensor:
         """w (averaged(c) - averaged(null)) [B, channels, ...], zero where a row is not guided; only guided rows are evaluated."""
-        assert self.averaged is not None
         chosen = rows.weight.nonzero().squeeze(1)
         if len(chosen) == 0:
             return torch.zeros_like(x_t)
+        assert self.averaged is not None
         x, t, y = x_t[chosen], network_time[chosen], labels[chosen]
         base = torch.full_like(y, self.null_label)
         if self.config.base == "other_label":

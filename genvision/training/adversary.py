@@ -36,6 +36,7 @@ class Discrimination:
         self.optim = replace(optim, lr=optim.lr if config.lr is None else config.lr, betas=config.betas or optim.betas, train_only=())
         self.network: nn.Module = make_discriminator(config.discriminator, image_size, config.width, config.num_layers, blur=config.blur)
         self.lecam = LeCam()
+        self.statistics = (self.lecam,)
         self.step = 0
         self.reconstruction: Tensor | None = None
 

@@ -99,5 +99,5 @@ class GeneratorStage:
         return {} if guidance is None else {"guidance_scale": guidance.scale, "guidance_fid": guidance.last_fid}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.objective.guidance is not None:
+        if self.objective.guidance is not None and "guidance_scale" in state:
             self.objective.guidance.scale, self.objective.guidance.last_fid = state["guidance_scale"], state["guidance_fid"]

@@ -61,14 +61,17 @@ def train(
     Raises:
         UserError: no checkpoint can be read or written, data cannot be read, or too many steps were not finite.
     """
-    run = _Run(config, accelerator, stage, observers or Observers(), identity or Identity())
-    try:
-        run.restore_newest()
-        return run.finished_model() if run.steps(stream) else None
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        raise UserError(run.told_alone()) from error
+    with Interrupt() as interrupt:
+        run = _Run(config, accelerator, stage, observers or Observers(), identity or Identity())
+        try:
+            run.restore_newest()
+            return run.finished_model() if run.steps(stream, interrupt) else None
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            raise UserError(run.told_alone()) from error
+        finally:
+            run.writer.finish()  # a checkpoint that was begun is worth more than an early end
 
 
 class _Run:
@@ -102,11 +105,14 @@ class _Run:
             place(average, accelerator, self.sharding)
         self.ema = EMA(stage.model, loop.ema_decays, warmup=loop.ema_warmup, network=average)
         self.writer = CheckpointWriter(self.checkpoints, accelerator)
+        self.held_out: Iterable[Batch] | None = None
+        if observers.held_out is not None and loop.validate_every:
+            self.held_out = observers.held_out(accelerator.process_index, accelerator.num_processes)
         self.step = self.skipped = self.bad_in_a_row = self.rewinds = 0
         self.data_shift = 0  # by how many steps the data is ahead, after a run was wound back
         rng.start(config.seed, 0, accelerator.process_index)
 
-    def steps(self, stream: Stream) -> bool:
+    def steps(self, stream: Stream, interrupt: Interrupt) -> bool:
         loop, accelerator, phases = self.config.train, self.accelerator, self.phases
         if self.step >= loop.num_steps:
             return True
@@ -121,7 +127,6 @@ class _Run:
             flops_per_sample=self.observers.flops_per_sample,
         )
         with ExitStack() as stack:
-            interrupt = stack.enter_context(Interrupt())
             if loop.stall_seconds:
                 stack.enter_context(Watchdog(phases, accelerator.process_index, accelerator.num_processes, loop.stall_seconds))
             stack.callback(log.close)
@@ -140,26 +145,29 @@ class _Run:
                 phases.enter("agreement")
                 verdict = self.stepper.agree(gradients, stop=interrupt.asked, data_failed=feed.error is not None)
                 phases.enter("optimizer")
-                if self.stepper.update(gradients, verdict):
-                    log.add(gradients.terms, loop.batch_size)
-                    self.bad_in_a_row = 0
-                else:
-                    self._count_skipped()
-                    self.bad_in_a_row += 1
+                self.stepper.update(gradients, verdict)
                 phases.enter("after_step")
                 self.step += 1
-                told = self.stage.after_step(self.step, accelerator, self.averaged_model)
-                self.ema.update(self.step)
+                told: dict[str, float] = {}
+                if verdict.is_good:
+                    log.add(gradients.terms, loop.batch_size)
+                    told = self.stage.after_step(self.step, accelerator, self.averaged_model)
+                    self.ema.update(self.step)
+                    self.bad_in_a_row = 0
+                elif not verdict.is_overflow:
+                    self._count_skipped()
                 log.step_done(self.step, {"lr": rates[0], **gradients.norms, **told, "skipped_steps": float(self.skipped)})
                 ends = last or verdict.stop or verdict.data_failed
-                if self.bad_in_a_row and self.bad_in_a_row == loop.rewind_after and not ends:
+                if loop.rewind_after and self.bad_in_a_row >= loop.rewind_after and not ends:
                     self._rewind(log)
                     feed.close()
                     feed = self._feed(stream)
                     continue
-                if self.step % loop.checkpoint_every == 0 or ends:
+                may_rewind = bool(loop.rewind_after and self.bad_in_a_row)  # then the last good checkpoint must not be pruned
+                if (self.step % loop.checkpoint_every == 0 and not may_rewind) or ends:
                     self.save()
-                self._observe(log, last)
+                if last or not verdict.stop:
+                    self._observe(log, last)
                 if ends:
                     phases.enter("checkpoint")
                     self.writer.wait(must_succeed=True)
@@ -183,6 +191,7 @@ class _Run:
 
     def _count_skipped(self) -> None:
         self.skipped += 1
+        self.bad_in_a_row += 1
         if self.skipped > self.config.train.max_skipped_steps:
             self.writer.wait()
             steps = self.checkpoints.steps()
@@ -198,12 +207,13 @@ class _Run:
         self.writer.wait()
         data_step, skipped, rewinds = self.step + self.data_shift, self.skipped, self.rewinds + 1
         failed_at, first_bad = self.step, self.step - self.bad_in_a_row
-        if not self._restore(at_most=first_bad):
+        if not self._restore(at_most=first_bad) and not self._restore():
             raise UserError(
                 f"step {failed_at}: loss or gradient was bad in {failed_at - first_bad} steps in a row, and there is no checkpoint to go "
                 "back to; set train.checkpoint_every lower, or lower optim.lr"
             )
         self.data_shift, self.skipped, self.rewinds, self.bad_in_a_row = data_step - self.step, skipped, rewinds, 0
+        from_main(lambda: self.checkpoints.forget_after(self.step))
         log.rewind(self.step)
         if self.accelerator.is_main_process:
             why = f"loss or gradient was bad in {failed_at - first_bad} steps in a row"
@@ -216,9 +226,9 @@ class _Run:
         def due(every: int) -> bool:
             return bool(every) and (self.step % every == 0 or last)
 
-        if observers.held_out is not None and due(loop.validate_every):
+        if self.held_out is not None and due(loop.validate_every):
             self.phases.enter("validation")
-            log.record(self._validation(observers.held_out))
+            log.record(self._validation(self.held_out))
         if observers.preview is not None and due(loop.preview_every):
             self.phases.enter("preview")
             with self.averaged_model(everywhere=False) as model, torch.inference_mode():
@@ -233,8 +243,8 @@ class _Run:
             with self.averaged_model() as model:
                 log.record({f"online_{name}": value for name, value in observers.scores(model).items()})
 
-    def _validation(self, held_out: Callable[[int, int], Iterable[Batch]]) -> dict[str, float]:
-        accelerator, model, stage = self.accelerator, self.main.model, self.stage
+    def _validation(self, held_out: Iterable[Batch]) -> dict[str, float]:
+        model, stage = self.main.model, self.stage
         before = rng.state()
         stage.model.eval()
 
@@ -242,7 +252,7 @@ class _Run:
             return stage.held_out_loss(model, batch, self.ema)
 
         with self.ema.applied(), torch.no_grad():
-            terms = validate(loss, held_out(accelerator.process_index, accelerator.num_processes), accelerator)
+            terms = validate(loss, held_out, self.accelerator)
         stage.model.train()
         rng.restore(before)
         return terms
@@ -278,6 +288,7 @@ class _Run:
     def save(self) -> None:
         """Copy the state of this step and begin to write it."""
         self.phases.enter("checkpoint")
+        self.writer.wait()  # now, or there would be two copies
         accelerator = self.accelerator
         rank, world_size = accelerator.process_index, accelerator.num_processes
         files: Files = {}
@@ -291,11 +302,10 @@ class _Run:
             files["stage.pt"] = _pickled({"stage": self.stage.state_dict(), "scaler": scaler})
         files[f"rng_{rank}.pt"] = _pickled(rng.state())
         facts = {
-            "num_samples": self.step * self.config.train.batch_size,
+            "data_position": (self.step + self.data_shift) * self.config.train.batch_size,
             "skipped_steps": self.skipped,
             "bad_in_a_row": self.bad_in_a_row,
             "rewinds": self.rewinds,
-            "data_shift": self.data_shift,
             "num_processes": world_size,
             "hashes": dict(self.identity.hashes),
             "stepper": self.stepper.state_dict(),
@@ -305,7 +315,12 @@ class _Run:
         self.writer.write(self.step, files, facts)
 
     def restore_newest(self) -> None:
-        if self._restore() and self.accelerator.is_main_process and self.step < self.config.train.num_steps:
+        restored, wanted = self._restore(), self.config.train.num_steps
+        if self.step > wanted:
+            raise UserError(f"train.num_steps {wanted}: the run is at step {self.step} already; give more, or choose another output_dir")
+        if self.accelerator.is_main_process and self.identity.accepted is not None:
+            self.identity.accepted()
+        if restored and self.accelerator.is_main_process and self.step < wanted:
             print(f"going on from step {self.step} ({self.checkpoints.path(self.step)})", file=sys.stderr, flush=True)
 
     def _restore(self, at_most: int | None = None) -> bool:
@@ -319,8 +334,9 @@ class _Run:
         folder = self.checkpoints.path(step)
         for trainee in self.stepper.trainees:
             trainee.restore(folder)
-        for decay in self.ema.decays:
-            SavedTensors(folder, f"ema_{decay}").load_into(self.ema.state_dict(decay))
+        for decay in self.ema.decays:  # one that is new begins with the weights
+            name = f"ema_{decay}" if any(folder.glob(f"ema_{decay}.*")) else "model"
+            SavedTensors(folder, name).load_into(self.ema.state_dict(decay))
         rest = self.checkpoints.load_object(step, "stage.pt")
         self.stage.load_state_dict(rest["stage"])
         if accelerator.scaler is not None and rest["scaler"]:
@@ -332,7 +348,9 @@ class _Run:
         else:
             rng.start(self.config.seed, step, rank)
         self.step, self.skipped, self.bad_in_a_row = step, facts["skipped_steps"], facts["bad_in_a_row"]
-        self.rewinds, self.data_shift = facts["rewinds"], facts["data_shift"]
+        self.rewinds = facts["rewinds"]
+        # with another batch size, should that be allowed, the data goes on at the next whole batch
+        self.data_shift = -(-facts["data_position"] // self.config.train.batch_size) - step
         return True
 
     def _check_identity(self, step: int, saved: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from genvision.errors import UserError
 from genvision.training.config import OptimConfig
@@ -32,8 +33,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Weight decay on tensors of two or more dimensions (embeddings and heads included), none on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if isinstance(p, DTensor) == is_split and (p.dim() >= 2) == is_decayed],
+            "weight_decay": config.weight_decay if is_decayed else 0.0,
+        }
+        for is_split in (True, False)  # fused AdamW takes no group of both
+        for is_decayed in (True, False)
     ]
     fused = all(p.is_cuda for p in parameters) or None
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

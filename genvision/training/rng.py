@@ -29,7 +29,7 @@ def state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "python": [version, list(internal), gauss],
     }
 
@@ -37,6 +37,6 @@ def state() -> dict[str, Any]:
 def restore(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+        torch.cuda.set_rng_state(saved["cuda"][0])  # of the device of this process, whatever its number
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from genvision.errors import UserError
 from genvision.training.sharding import local, whole
 from genvision.training.state import DamagedCheckpoint, save_tensors
 from genvision.training.writer import Files
@@ -31,7 +32,11 @@ def saved_files(name: str, tensors: Mapping[str, Tensor], rank: int, world_size:
     """
     split = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
     if not split or gather:
-        copies = {key: _copy(whole(tensor)) for key, tensor in tensors.items() if rank == 0 or key in split}
+        copies = {}
+        for key, tensor in tensors.items():
+            gathered = whole(tensor)  # by all processes
+            if rank == 0:
+                copies[key] = _copy(gathered)
         return {f"{name}.safetensors": partial(save_tensors, tensors=copies)} if rank == 0 else {}
     mine = {key: tensor for key, tensor in tensors.items() if key in split or rank == 0}
     places = {key: [rows_of(tensor)[0], list(tensor.shape)] for key, tensor in mine.items()}
@@ -103,12 +108,12 @@ class SavedTensors:
         """Fill tensors in place, whole or split.
 
         Raises:
-            DamagedCheckpoint: there are others here, or of other shapes.
+            UserError: there are others here, or of other shapes.
         """
         if tensors.keys() != self.shapes.keys():
             differing = sorted(tensors.keys() ^ self.shapes.keys())
-            raise DamagedCheckpoint(self.path, f"it holds other tensors than the model has: {', '.join(differing[:3])}")
+            raise UserError(f"{self.path}: holds other tensors than the model has ({', '.join(differing[:3])}); give the old options")
         for key, tensor in tensors.items():
             if self.shapes[key] != tuple(tensor.shape):
-                raise DamagedCheckpoint(self.path, f"{key} is {list(self.shapes[key])}, the model has {list(tensor.shape)}")
+                raise UserError(f"{self.path}: {key} is {list(self.shapes[key])}, the model has {list(tensor.shape)}; give the old options")
             local(tensor).copy_(self.rows(key, *rows_of(tensor)))

@@ -63,7 +63,14 @@ def place(model: nn.Module, accelerator: Accelerator, sharding: Sharding | None)
 
 
 def shard(model: nn.Module, sharding: Sharding, accelerator: Accelerator) -> None:
-    """Split the weights of a model in place, block by block; what `replicated_parameters` names stays whole in every process."""
+    """Split the weights of a model in place, block by block; what `replicated_parameters` names stays whole in every process.
+
+    Raises:
+        UserError: some must stay whole where that cannot be.
+    """
+    if replicated_parameters(model) and (accelerator.mixed_precision == "fp16" or sharding.cpu_offload):
+        what = "fsdp_offload_params" if sharding.cpu_offload else "train.precision fp16"
+        raise UserError(f"{what}: not all weights of a {type(model).__name__} can be split; train it by DDP, or in bf16 on the GPU")
     low = LOW_PRECISION.get(accelerator.mixed_precision)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),

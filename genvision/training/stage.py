@@ -1,6 +1,6 @@
 """What the training loop asks of a stage, and of those who look at a run from outside."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -60,6 +60,10 @@ class Adversary(Protocol):
     @property
     def optim(self) -> OptimConfig: ...
 
+    @property
+    def statistics(self) -> Sequence[nn.Module]:
+        """Modules beside the network that keep running statistics."""
+
     def loss(self, batch: Batch) -> dict[str, Tensor] | None:
         """Named terms, `adversary_loss` is what is minimised, of the batch that the stage's `loss` has just seen; None: not trained now."""
 
@@ -94,3 +98,5 @@ class Identity:
     """Names among them that may differ from the checkpoint's."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Options that were changed since the run was last started, to their old and new values."""
+    accepted: Callable[[], None] | None = None
+    """Called in the main process when nothing stands against these changes."""

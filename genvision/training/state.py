@@ -101,6 +101,11 @@ class CheckpointFolder:
         """Take its name from a checkpoint, or a kill in the midst of its removal would leave half of one."""
         self.path(step).rename(self.path(step).with_name(self.path(step).name + OLD))
 
+    def forget_after(self, step: int) -> None:
+        """Take away the checkpoints of later steps, of a run that was wound back."""
+        for later in reversed([found for found in self.steps() if found > step]):
+            self._put_away(later)
+
     def newest(self, at_most: int | None = None) -> FoundCheckpoint | None:
         """The newest whole checkpoint, of a step up to `at_most` where it is given; damaged newer ones are set aside, and told on stderr.
 
@@ -133,8 +138,10 @@ class CheckpointFolder:
         try:
             facts: dict[str, Any] = json.loads((folder / "state.json").read_text())
             version, files = facts["format"], facts["files"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise DamagedCheckpoint(folder / "state.json", "it cannot be read") from error
+        except OSError as error:
+            raise _unreadable(folder / "state.json", error) from error
         if version != FORMAT:
             raise UserError(f"{folder}: is a checkpoint in format {version}, this genvision writes and reads {FORMAT}; train again")
         for name, wanted in files.items():
@@ -143,7 +150,11 @@ class CheckpointFolder:
                 raise DamagedCheckpoint(path, "it is missing")
             if path.stat().st_size != wanted["size"]:
                 raise DamagedCheckpoint(path, f"it has {path.stat().st_size} bytes, {wanted['size']} were written")
-            if describe(path) != wanted:
+            try:
+                found = describe(path)
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            if found != wanted:
                 raise DamagedCheckpoint(path, "its bytes are not those that were written")
         return facts
 
@@ -153,6 +164,11 @@ class CheckpointFolder:
             return torch.load(self.path(step) / name, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
             raise DamagedCheckpoint(self.path(step) / name, str(error).splitlines()[0]) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    """A failing disk or network is no damage: nothing is set aside for it."""
+    return UserError(f"{path}: cannot be read ({error.strerror}); check the disk or network, then run again")
 
 
 def describe(path: Path) -> dict[str, Any]:

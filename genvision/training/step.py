@@ -1,11 +1,13 @@
 """One optimiser step: forward and backward passes of all parts, one agreement between processes, and the update if it is good."""
 
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from genvision.training.stage import Batch, Stage
 from genvision.training.trainee import Trainee
@@ -30,6 +32,8 @@ class Verdict(NamedTuple):
 
     is_good: bool
     """Loss and gradients are finite everywhere, and the loss has not exploded."""
+    is_overflow: bool
+    """Gradients alone are not finite, in fp16: its scale was too large and will be smaller, which is no fault."""
     stop: bool
     """Some process was asked to stop."""
     data_failed: bool
@@ -51,11 +55,15 @@ class Stepper:
         self.accelerator, self.stage, self.trainees, self.accumulation = accelerator, stage, trainees, accumulation
         self.main, self.explode_factor = trainees[0], explode_factor
         self.mean_loss, self.num_good = 0.0, 0
+        watched = [trainee.network for trainee in trainees] + ([] if stage.adversary is None else [*stage.adversary.statistics])
+        self._statistics = [tensor for network in watched for tensor in running_statistics(network)]
+        self._before: list[tuple[Tensor, Tensor]] = []
 
     def passes(self, batch: Batch) -> Gradients:
         """Forward and backward passes of a batch, and clipping."""
         accelerator, totals = self.accelerator, dict[str, Tensor]()
         self.main.share_buffers()
+        self._remember_statistics()
         chunks = zip(*(value.chunk(self.accumulation) for value in batch.values()), strict=True)
         parts = [dict(zip(batch, values, strict=True)) for values in chunks]
         for i, part in enumerate(parts):
@@ -74,9 +82,7 @@ class Stepper:
         for trainee in trained:
             trainee.average_gradients()
             # an averaged gradient is the same everywhere, so the norm is, and so every process skips the same steps
-            norm = trainee.clip_gradients()
-            if norm is not None:
-                norms["grad_norm" if trainee is self.main else "adversary_grad_norm"] = norm
+            norms["grad_norm" if trainee is self.main else "adversary_grad_norm"] = trainee.clip_gradients()
         return Gradients(totals, norms, trained)
 
     def _adversary_terms(self, part: Batch, num_parts: int) -> dict[str, Tensor]:
@@ -93,14 +99,17 @@ class Stepper:
     def agree(self, gradients: Gradients, *, stop: bool, data_failed: bool) -> Verdict:
         """One reduction over all processes."""
         losses = [float(gradients.terms[name]) for name in ("loss", "adversary_loss") if name in gradients.terms]
-        is_bad = not all(abs(value) < float("inf") for value in [*losses, *gradients.norms.values()])
-        loss = losses[0] if not is_bad else 0.0
+        bad_loss = not all(math.isfinite(value) for value in losses)
+        bad_norm = not all(math.isfinite(value) for value in gradients.norms.values())
+        loss = losses[0] if not bad_loss else 0.0
         num = self.accelerator.num_processes
         if num > 1:
-            mine = torch.tensor([is_bad, stop, data_failed, loss], dtype=torch.float32, device=self.accelerator.device)
-            bad, stops, failed, loss = self.accelerator.reduce(mine, "sum").tolist()
-            is_bad, stop, data_failed, loss = bad > 0, stops > 0, failed > 0, loss / num
-        return Verdict(not is_bad and not self._explodes(loss), stop, data_failed)
+            mine = torch.tensor([bad_loss, bad_norm, stop, data_failed, loss], dtype=torch.float32, device=self.accelerator.device)
+            *votes, loss = self.accelerator.reduce(mine, "sum").tolist()
+            bad_loss, bad_norm, stop, data_failed = (vote > 0 for vote in votes)
+            loss = loss / num
+        is_good = not bad_loss and not bad_norm and not self._explodes(loss)
+        return Verdict(is_good, bad_norm and not bad_loss and self.accelerator.scaler is not None, stop, data_failed)
 
     def _explodes(self, loss: float) -> bool:
         if self.explode_factor is None:
@@ -112,17 +121,40 @@ class Stepper:
         self.num_good += 1
         return False
 
-    def update(self, gradients: Gradients, verdict: Verdict) -> bool:
-        """Change the weights if the step is good; whether they were changed."""
-        if verdict.is_good or self.accelerator.scaler is not None:  # fp16's gradient scaler finds infinities itself and must see every step
-            for trainee in gradients.trained:
-                trainee.optimizer.step()
+    def update(self, gradients: Gradients, verdict: Verdict) -> None:
+        """Change the weights if the step is good; else leave all as it was before the passes."""
+        scaler = self.accelerator.scaler
+        if not verdict.is_good:
+            for tensor, before in self._before:
+                tensor.copy_(before)
+        for trainee in gradients.trained if verdict.is_good else []:
+            optimizer = trainee.optimizer.optimizer
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()  # once, whatever the number of optimisers, and at bad steps too: they make the scale smaller
         for trainee in self.trainees:
             trainee.optimizer.zero_grad(set_to_none=True)
-        return verdict.is_good and not self.accelerator.optimizer_step_was_skipped
+
+    def _remember_statistics(self) -> None:
+        """What a forward pass changes: running statistics, and codes that move by averages. One bad batch would spoil them for good."""
+        self._before = [(tensor, tensor.detach().clone()) for tensor in self._statistics]
 
     def state_dict(self) -> dict[str, float]:
         return {"mean_loss": self.mean_loss, "num_good": self.num_good}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean_loss, self.num_good = state["mean_loss"], state["num_good"]
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """Tensors that a forward pass may change: floating-point buffers, and untrained parameters of modules that have such buffers."""
+    found: dict[int, Tensor] = {}
+    for module in network.modules():
+        buffers = [buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+        if buffers:
+            frozen = [parameter.data for parameter in module.parameters() if not parameter.requires_grad]
+            found |= {id(tensor): tensor for tensor in [*buffers, *frozen] if not isinstance(tensor, DTensor)}
+    return [*found.values()]

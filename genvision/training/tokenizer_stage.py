@@ -98,8 +98,17 @@ class TokenizerStage:
         return {"loss": nll + sum(output.losses.values()), "reconstruction_blank": blank, **terms, **output.losses}, nll
 
     def held_out_loss(self, model: nn.Module, batch: dict[str, Tensor], averages: EMA) -> dict[str, Tensor]:
-        """Reconstruction, perceptual distance and the tokenizer's own terms; `loss` without the adversary's share."""
-        return self._reconstructed(model(batch["images"]), batch["images"])[0]
+        """Reconstruction, perceptual distance and the tokenizer's own terms; `loss` without the adversary's share.
+
+        Nothing is drawn: the dropout inside LPIPS is for training alone.
+        """
+        if self.perceptual is not None:
+            self.perceptual.eval()
+        try:
+            return self._reconstructed(model(batch["images"]), batch["images"])[0]
+        finally:
+            if self.perceptual is not None:
+                self.perceptual.train()
 
     def before_step(self, step: int, averages: EMA) -> None:
         """Nothing depends on it."""

@@ -78,10 +78,8 @@ class Trainee:
         for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def clip_gradients(self) -> float | None:
-        """Norm of the gradients before they are clipped; None where they are not clipped."""
-        if self.config.max_grad_norm is None:
-            return None
+    def clip_gradients(self) -> float:
+        """Norm of the gradients, before they are clipped if they are."""
         # not accelerator.clip_grad_norm_, which would unscale the gradients of every network at once, and fail at the second
         self.accelerator.unscale_gradients(self.optimizer)
         return clip_gradients([*self.network.parameters()], self.config.max_grad_norm)
@@ -125,14 +123,19 @@ class Trainee:
             state[parameter] = {"step": step, **moments}
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to a norm over all of them, those that are split and those that are whole; gives the norm they had."""
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> float:
+    """Scale gradients down to a norm over all of them, those that are split and those that are whole; gives the norm they had.
+
+    Args:
+        max_norm: None leaves them.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     split = [g for g in gradients if isinstance(g, DTensor)]
     if not split:
-        return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm) if max_norm else nn.utils.get_total_norm(gradients))
     norms = [whole(nn.utils.get_total_norm(part)) for part in (split, [g for g in gradients if not isinstance(g, DTensor)]) if part]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does
-    torch._foreach_mul_([local(g) for g in gradients], factor)
+    if max_norm:
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does
+        torch._foreach_mul_([local(g) for g in gradients], factor)
     return float(total)

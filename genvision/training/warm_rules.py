@@ -4,7 +4,8 @@ Shapes: N places of codes or patches behind P rows of a prefix (start, class), C
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -69,11 +70,12 @@ class Fit:
         num = 0 if self.model.is_unconditional else self.model.num_classes
         shared = set(theirs or ()) & set(ours or ())
         if theirs is not None and ours is not None and shared and len(theirs) == self.count.num:
-            return Classes([theirs.index(name) if name in shared else None for name in ours[:num]], "by name")
+            row_of = {name: row for row, name in enumerate(_told_apart(theirs))}
+            return Classes([row_of.get(name) for name in _told_apart(ours[:num])], "by name")
         return Classes([*range(num)], "by number") if num == self.count.num else Classes([None] * num, "new")
 
     def label_rows(self) -> list[int | None]:
-        """Of a LabelEmbedding: its classes, then the null class where labels are dropped."""
+        """Of a LabelEmbedding: its classes, then the null class where labels are dropped; None for a new one."""
         return [*self.classes.rows, *([self.count.null] if self.model.has_null_label else [])]
 
     def resized(self, table: Tensor, prefix: int, ours: tuple[int, int, int], name: str) -> Tensor:
@@ -87,6 +89,16 @@ class Fit:
             return table
         grid = resize_position_table(table[prefix:].float().unsqueeze(0), theirs, ours)[0]
         return torch.cat([table[:prefix], grid.to(table.dtype)])
+
+
+def _told_apart(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Each with its count among equal ones: ImageNet calls two classes `crane`, and the second is the second everywhere."""
+    seen: Counter[str] = Counter()
+    told = []
+    for name in names:
+        told.append((name, seen[name]))
+        seen[name] += 1
+    return told
 
 
 Rule = Callable[[Fit, str, Tensor, Tensor], Tensor]

@@ -47,7 +47,7 @@ def read_source(path: str | Path, kind: str) -> Source:
     Raises:
         UserError: there is nothing of the kind, or it is damaged.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"init_from {path}: no such folder; give one written by genvision train or import")
     if (folder / "checkpoints").is_dir() and (folder / "model").is_dir():
@@ -118,12 +118,12 @@ def _of_checkpoint(run: Path, folder: Path, kind: str) -> Source:
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise UserError(f"init_from {folder}: {len(broken)} tensors hold NaN or infinity, {broken[0]} first; take an earlier checkpoint")
-    tokenizer = config.get("tokenizer")
+    tokenizer = Path(config["tokenizer"]).expanduser() if config.get("tokenizer") is not None else None
     return Source(
         path=folder,
         what=f"average {decays[0]} of step {step}" if decays else f"weights of step {step}",
         class_name=model.pop("name"),
         options=model,
         tensors=tensors,
-        tokenizer=Path(tokenizer) if tokenizer is not None and Path(tokenizer).is_dir() else None,
+        tokenizer=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
     )

@@ -43,6 +43,8 @@ class WarmStart:
     """Position tables for other places than the source has."""
     relabelled: tuple[str, ...]
     """Tables whose rows were put together class by class."""
+    with_new_rows: tuple[str, ...]
+    """Those of them in which a class, or the null class, has the model's own start."""
     new: tuple[str, ...]
     """With the model's own start."""
     dropped: tuple[str, ...]
@@ -109,6 +111,7 @@ def _apply(fit: Fit) -> WarmStart:
     return WarmStart(
         source=f"{fit.given} ({fit.source.what})",
         **{what: tuple(names) for what, names in became.items()},
+        with_new_rows=tuple(became["relabelled"]) if became["relabelled"] and None in fit.label_rows() else (),
         dropped=tuple(name for name in given if name not in own),
         notes=_notes(fit, bool(became["relabelled"])),
     )

@@ -34,6 +34,7 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.failures = 0
         self.last_failure = ""
+        self.error: BaseException | None = None
 
     def write(self, step: int, files: Files, facts: Mapping[str, Any]) -> None:
         """Begin to write the checkpoint of a step, after the one before is done; called by all processes.
@@ -52,20 +53,26 @@ class CheckpointWriter:
         Raises:
             UserError: three checkpoints in a row could not be written; or the last one, where it must.
         """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self.finish()
+        if self.error is not None:
+            raise self.error
         if self.failures and (must_succeed or self.failures >= MAX_FAILURES):
             kept = self.checkpoints.steps()
             place = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was written yet"
             raise UserError(f"{self.last_failure}; {place}; make room, then run the same command again")
 
+    def finish(self) -> None:
+        """Until nothing is being written, whatever comes of it."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
     def _write(self, step: int, files: Files, facts: Mapping[str, Any]) -> None:
         try:
             self._write_together(step, files, facts)
-        except RuntimeError as error:
+        except BaseException as error:
             if not lost_contact(error):  # which training itself will notice and tell
-                raise
+                self.error = error
             self.failures += 1
             self.last_failure = f"{self.checkpoints.path(step)}: the checkpoint was not finished (lost contact with another process)"
 
@@ -103,8 +110,10 @@ class CheckpointWriter:
         """Why it failed, if it did."""
         try:
             action()
-        except (OSError, SafetensorError) as error:
-            return " ".join(str(error).split())
+        except Exception as error:  # whatever it is, the other processes must hear of it
+            if not isinstance(error, OSError | SafetensorError):
+                self.error = error
+            return " ".join(str(error).split()) or type(error).__name__
         return None
 
     def _from_all(self, mine: Any) -> list[Any]:

@@ -59,12 +59,14 @@ def test_it_has_a_device_and_a_dtype_and_keeps_them_through_a_file(channels, tmp
     assert again.spec == model.spec and again.config.latent_std == 0.5 and not again.training
 
 
-def test_a_name_stands_for_pixels_and_a_folder_for_what_it_holds(tmp_path):
+def test_a_name_stands_for_pixels_and_a_folder_for_what_it_holds(tmp_path, monkeypatch):
     colour, gray = open_tokenizer("pixels", 8), open_tokenizer("pixels:gray", 16)
     assert colour.spec.code_shape() == (3, 8, 8) and gray.spec.code_shape() == (1, 16, 16) and not colour.training
     gray.save_pretrained(tmp_path / "pixels")
     for image_size in (None, 16):
         assert content_hash(open_tokenizer(str(tmp_path / "pixels"), image_size)) == content_hash(gray)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert content_hash(open_tokenizer("~/pixels", None)) == content_hash(gray)
     with pytest.raises(UserError, match=r"data\.image_size is missing"):
         open_tokenizer("pixels", None)
     with pytest.raises(UserError, match="'pixels:grey' is unknown; give pixels or pixels:gray"):

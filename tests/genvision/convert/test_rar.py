@@ -49,7 +49,9 @@ def test_logits_labels_and_loss_in_a_given_order_are_the_original_ones(fixture, 
     logits, permuted = model(tokens, labels, orders=orders), tokens.gather(1, orders)
     torch.testing.assert_close(logits, fixture.outputs["logits_permuted"][:, :-1], atol=fixture.atol, rtol=0)
     assert torch.equal(permuted, fixture.outputs["labels_permuted"])
-    torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), permuted.flatten()), fixture.outputs["loss_permuted"], atol=fixture.atol, rtol=0)
+    torch.testing.assert_close(
+        F.cross_entropy(logits.flatten(0, 1), permuted.flatten()), fixture.outputs["loss_permuted"], atol=fixture.atol, rtol=0
+    )
 
 
 @torch.inference_mode()

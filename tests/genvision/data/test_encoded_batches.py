@@ -298,7 +298,7 @@ def test_damaged_or_missing_files_are_refused_by_name(source, tmp_path, tokenize
             EncodedDataset(tmp_path / "out")
         assert "\n" not in str(caught.value)
 
-    for content in (whole[:-1], whole[:60]):
+    for content in (whole[:-1], whole[:60], whole[:10] + b"(" * 200):
         file.write_bytes(content)
         refused("is damaged")
     file.unlink()

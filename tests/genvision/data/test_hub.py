@@ -1,8 +1,11 @@
 """Data sets of the Hub, by local folders in the layout of a repository: what is read, in which order, and what is refused."""
 
+import errno
 import io
+import multiprocessing
 import os
 import pickle
+import time
 
 import datasets
 import numpy as np
@@ -11,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from genvision.data import hub, parquet_index
+from genvision.data import hub, parquet, parquet_index
 from genvision.data.datasets import ImageDataset, batches, ordered_batches
 from genvision.data.sources import BadImageError, open_source
 from genvision.errors import UserError
@@ -100,21 +103,68 @@ class TestReading:
         found = [batch["images"][:, 0, 0, 0].tolist() for batch in ordered_batches(source, 4, batch_size=8, num_workers=2)]
         assert found == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
 
-    def test_labels_are_read_once(self, repo, monkeypatch):
+    def test_labels_are_read_once_and_again_after_a_change(self, repo, monkeypatch):
         open_source(f"hub:{repo}")
+        with monkeypatch.context() as patch:
+            patch.setattr(parquet_index, "_read_rows", lambda *_: pytest.fail("labels are read again"))
+            assert open_source(f"hub:{repo}").labels.tolist() == [n % 3 for n in range(20)]
         for file in (repo / "data").glob("train-*"):  # the same size and time, but no parquet any more
             stat = file.stat()
             file.write_bytes(bytes(stat.st_size))
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        assert open_source(f"hub:{repo}").labels.tolist() == [n % 3 for n in range(20)]
-        os.utime(repo / "data" / "train-00000-of-00002.parquet")
-        refused(f"hub:{repo}", "train-00000", "damaged")
+        refused(f"hub:{repo}", "train-0000", "damaged")
 
     def test_a_damaged_index_is_made_again(self, repo, tmp_path, capsys):
         open_source(f"hub:{repo}")
-        next((tmp_path / "cache" / "shard_indexes").iterdir()).write_bytes(b"PK cut off")
+        next((tmp_path / "cache" / "shard_indexes").glob("*.npz")).write_bytes(b"PK cut off")
         assert len(open_source(f"hub:{repo}")) == 20
-        assert "is damaged" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("is damaged") == 1
+
+    def test_files_are_listed_by_one_of_several_processes(self, repo, tmp_path, monkeypatch):
+        read_rows, log = parquet_index._read_rows, tmp_path / "log"
+
+        def slowly(file, *columns):
+            with log.open("a") as lines:
+                lines.write(f"{file}\n")
+            time.sleep(0.1)
+            return read_rows(file, *columns)
+
+        monkeypatch.setattr(parquet_index, "_read_rows", slowly)
+        context = multiprocessing.get_context("fork")
+        others = [context.Process(target=lambda: len(open_source(f"hub:{repo}"))) for _ in range(3)]
+        for other in others:
+            other.start()
+        for other in others:
+            other.join()
+            assert other.exitcode == 0
+        assert len(log.read_text().splitlines()) == 2  # one line a file
+
+    def test_a_damaged_table_of_the_cache_is_fetched_again(self, repo, tmp_path):
+        assert pixel(open_source(f"hub:{repo}"), 4) == 4
+        (table,) = (tmp_path / "cache" / "row_groups").glob("*/*.arrow")
+        content = bytearray(table.read_bytes())
+        place = content.index(png(4))
+        content[place : place + len(png(4))] = bytes(len(png(4)))  # as a disk that lost power leaves it
+        table.write_bytes(content)
+        assert pixel(open_source(f"hub:{repo}"), 4) == 4
+
+    def test_tables_are_used_from_a_cache_that_may_only_be_read(self, repo, monkeypatch):
+        assert pixel(open_source(f"hub:{repo}"), 4) == 4
+
+        def read_only(*_, **__):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(os, "utime", read_only)
+        monkeypatch.setattr(hub, "read_images", lambda *_: pytest.fail("is fetched again"))
+        assert pixel(open_source(f"hub:{repo}"), 4) == 4
+
+    def test_a_cache_folder_that_is_a_file_is_told_in_one_line(self, repo, tmp_path, monkeypatch, capsys):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("GENVISION_CACHE", str(tmp_path / "file"))
+        source = open_source(f"hub:{repo}")
+        assert "cannot be written (Not a directory)" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"row_groups/\w+: cannot be written \(Not a directory\).*GENVISION_CACHE"):
+            source.load(0)
 
     def test_class_names_come_from_the_card_where_the_files_have_none(self, write, tmp_path):
         write(rows(range(3)), schema=pa.schema([pa.field(field.name, field.type) for field in FEATURES.arrow_schema]))
@@ -193,7 +243,9 @@ class TestOrder:
 
     def test_a_set_that_fits_is_shuffled_whole_and_a_wide_window_widens_the_cache(self, repo, large):
         assert large.order(50).window == 50
-        assert large._tables.max_bytes > hub.CACHE_BYTES
+        widened = large._tables.max_bytes
+        large.order()  # a mixture asks again for its fingerprint
+        assert large._tables.max_bytes == widened > hub.CACHE_BYTES
         small = open_source(f"hub:{repo}:test")
         assert sorted(small.order().indices(0, np.arange(4))) == [0, 1, 2, 3]
         assert small.order().window is None
@@ -203,6 +255,8 @@ class TestFaults:
     def test_damaged_rows_fail_by_file_and_row(self, write, tmp_path):
         kept = tmp_path / "kept.png"
         kept.write_bytes(png(9))
+        write({"image": [str(kept)], "label": [0]}, "data/test.parquet", schema=None)
+        assert pixel(open_source(f"hub:{tmp_path}/repo:test"), 0) == 9
         images = [
             {"bytes": None, "path": str(kept)},
             {"bytes": png(1)[:50], "path": None},
@@ -245,6 +299,7 @@ class TestFaults:
         refused(f"hub:{repo}-none", "no folder here")
         refused("hub:cifar10", "no name on the Hub")
         refused("hub:owner/name@", "no folder here")
+        refused(f"hub:{repo.parent}/r*po", "holds * in the name of a repository")
 
     def test_no_network_is_told(self):
         refused("hub:nobody/nothing@v1:test", "the Hub cannot be reached", "HF_HUB_OFFLINE")
@@ -253,6 +308,8 @@ class TestFaults:
         (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
         refused(f"hub:{tmp_path}", "no parquet files", "wds:")
         assert "hub:owner/name@refs/convert/parquet" in hub._no_parquet("hub:owner/name", hub.HubName.parse("", "owner/name"))
+        of_branch = "hub:owner/name@refs/convert/parquet"
+        assert "@refs" not in hub._no_parquet("hub:owner/name", hub.HubName.parse("", of_branch.removeprefix("hub:")))
         (tmp_path / "empty").mkdir()
         refused(f"hub:{tmp_path}/empty", "no data files found")
 
@@ -271,6 +328,12 @@ class TestFaults:
         file = write(rows(range(2)))
         file.write_bytes(file.read_bytes()[:-9])
         refused(spec, "train-00000", "damaged")
+
+    def test_who_does_not_own_the_data_is_not_told_to_change_them(self):
+        features = datasets.Features({"text": datasets.Value("string")})
+        for file, mend in (("hf://datasets/a/b/x.parquet", "choose another split or data set"), ("x.parquet", "rename the column")):
+            with pytest.raises(UserError, match=mend):
+                parquet.find_image_column(file, features)
 
     def test_files_of_unlike_columns_are_refused(self, write, tmp_path):
         write(rows(range(2)), "data/train-00000-of-00002.parquet")

@@ -104,6 +104,10 @@ def test_what_is_missing_or_of_another_size_is_named(tmp_path):
     archive = tmp_path / "t10k-images-idx3-ubyte.gz"
     archive.write_bytes(archive.read_bytes()[:-20])
     refused(f"idx:{archive}", "cannot be read")
+    archive.write_bytes(gzip.compress(idx(IMAGES) + bytes(1 << 20)))
+    refused(f"idx:{archive}", "has more than 76 bytes, expected 76")
+    archive.write_bytes(gzip.compress(np.array([0x803, 2**31, 2**31, 2**31], dtype=">u4").tobytes()))
+    refused(f"idx:{archive}", "t10k-images", "download it again")
     (tmp_path / "empty").mkdir()
     refused(f"idx:{tmp_path}/empty", "no IDX file of images in it")
     refused(f"idx:{tmp_path}/none", "no such file")

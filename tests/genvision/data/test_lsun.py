@@ -1,14 +1,17 @@
 """LSUN's lmdb folders: what is read, by whom, and what is left behind."""
 
 import io
+import multiprocessing
 import os
 import pickle
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from genvision.data import lsun
 from genvision.data.datasets import ordered_batches
 from genvision.data.sources import BadImageError, open_source
 from genvision.errors import UserError
@@ -89,7 +92,7 @@ def test_no_file_appears_beside_the_database_or_in_the_working_directory(bedroom
     source.load(1)
     assert [path.name for path in bedrooms.iterdir()] == ["data.mdb"]
     assert not list((tmp_path / "work").iterdir())
-    assert len(list((tmp_path / "cache" / "shard_indexes").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "shard_indexes").glob("*.npy"))) == 1
 
 
 def test_keys_are_listed_once_and_again_after_a_change(bedrooms, tmp_path, capsys):
@@ -98,12 +101,33 @@ def test_keys_are_listed_once_and_again_after_a_change(bedrooms, tmp_path, capsy
     assert "listing" in capsys.readouterr().err
     assert len(open_source(f"lsun:{bedrooms}")) == 3
     assert "listing" not in capsys.readouterr().err
-    next(index.iterdir()).write_bytes(b"cut off")
+    next(index.glob("*.npy")).write_bytes(b"cut off")
     assert len(open_source(f"lsun:{bedrooms}")) == 3
-    assert "is damaged" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("is damaged") == 1
+    stat = (bedrooms / "data.mdb").stat()
     os.utime(bedrooms / "data.mdb", ns=(0, 0))
     open_source(f"lsun:{bedrooms}")
-    assert len(list(index.iterdir())) == 2
+    os.utime(bedrooms / "data.mdb", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` leaves another one
+    open_source(f"lsun:{bedrooms}")
+    assert len(list(index.glob("*.npy"))) == 3
+
+
+def test_one_of_several_processes_lists_the_keys_and_the_first_shows_it(bedrooms, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    open_source(f"lsun:{bedrooms}")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("GENVISION_CACHE", str(tmp_path / "other"))
+    monkeypatch.setenv("RANK", "0")
+    list_keys = lsun._Table._list_keys
+    monkeypatch.setattr(lsun._Table, "_list_keys", lambda *table: time.sleep(0.1) or list_keys(*table))
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=lambda: len(open_source(f"lsun:{bedrooms}"))) for _ in range(3)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+        assert other.exitcode == 0
+    assert capfd.readouterr().err.count("listing") == 1
 
 
 def test_scenes_have_the_order_of_the_benchmark_and_objects_the_order_given(write):

@@ -187,6 +187,12 @@ class TestCodes:
             open_encoded(f"mix:1*encoded:{folders / 'a'};1*encoded:{folders / 'c'}")
         assert "\n" not in str(caught.value)
 
+    def test_a_path_that_the_system_refuses_costs_a_line(self, folders):
+        for spec in ("encoded:~no_such_user/a", f"mix:1*encoded:{folders / 'a'};1*encoded:~no_such_user/a"):
+            with pytest.raises(UserError, match=r"home directory.*; check the path") as caught:
+                open_encoded(spec)
+            assert "\n" not in str(caught.value)
+
     def test_codes_and_images_do_not_mix(self, folders):
         with pytest.raises(UserError, match="digits holds images, other parts hold codes"):
             open_encoded(f"mix:1*encoded:{folders / 'a'};1*digits")

@@ -6,12 +6,15 @@ import os
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import genvision.data.shard_files as shard_files
+from genvision.data.open_files import MAX_OPEN, open_file
 from genvision.data.shard_files import ShardFiles
 from genvision.errors import UserError
 
@@ -43,19 +46,23 @@ def test_near_and_far_shards_are_read_alike(memory, folder):
     assert not ShardFiles("memory://wds/a.tar").is_local
 
 
-def test_few_files_stay_open_and_none_crosses_a_pickle(folder, monkeypatch):
-    monkeypatch.setattr(shard_files, "MAX_OPEN", 2)
-    files = ShardFiles(str(folder))
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None  # noqa: PTH112, PTH208
-    for _ in range(3):
-        assert [files.read(shard, 8, 1) for shard in range(3)] == [b"a", b"b", b"c"]
+def test_few_files_stay_open_over_all_data_sets_and_none_crosses_a_pickle(folder):
+    for number in range(MAX_OPEN):
+        (folder / f"x{number}.tar").write_text(f"{number:09d}")
+    sets = [ShardFiles(str(folder)), ShardFiles(f"{folder}/x*.tar")]
+    open_file.cache_clear()
+    descriptors = Path("/proc/self/fd")
+    before = len([*descriptors.iterdir()]) if descriptors.is_dir() else None
+    for files in sets:
+        assert [files.read(shard, 0, 9).decode() for shard in range(len(files))] == [Path(path).read_text() for path in files.paths]
+    assert open_file.cache_info().currsize == MAX_OPEN
     if before is not None:
-        assert len(os.listdir("/proc/self/fd")) == before + 2  # noqa: PTH208
-    assert pickle.loads(pickle.dumps(files)).read(2, 8, 1) == b"c"
+        assert len([*descriptors.iterdir()]) == before + MAX_OPEN
+    assert pickle.loads(pickle.dumps(sets[0])).read(2, 8, 1) == b"c"
 
 
 def test_threads_that_drive_out_one_anothers_files_read_the_right_ones(folder, monkeypatch):
-    monkeypatch.setattr(shard_files, "MAX_OPEN", 1)
+    monkeypatch.setattr(shard_files, "open_file", lru_cache(1)(open_file.__wrapped__))
     files = ShardFiles(str(folder))
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -91,9 +98,10 @@ def test_a_changed_shard_stops_the_run(memory, folder):
         with pytest.raises(UserError, match=r"a\.tar: has changed since it was opened"):
             action()
     near.read(1, 0, 4)
-    (folder / "b.tar").write_text("short")  # under the hands of a process that has it open
-    with pytest.raises(UserError, match="has changed"):
-        near.read(1, 0, 9)
+    for content in ("short", "longer than before"):  # under the hands of a process that has it open
+        (folder / "b.tar").write_text(content)
+        with pytest.raises(UserError, match="has changed"):
+            near.read(1, 0, 5)
 
 
 def test_a_failing_network_is_tried_again_and_then_named(memory, monkeypatch):

@@ -128,7 +128,7 @@ def test_png_folders_are_one_class_in_the_order_of_names(tmp_path):
 
 def test_files_of_another_size_number_or_label_are_named(tmp_path):
     write_pickle(tmp_path, "train_data_batch_1", [1, 2], size=64)
-    refused(f"imagenet32:{tmp_path}", "train_data_batch_1", "expected uint8 [N, 3072] (32 x 32 pixels)")
+    refused(f"imagenet32:{tmp_path}", "train_data_batch_1", "expected uint8 [N, 3072] (32 x 32 pixels); give imagenet64:")
     refused(f"imagenet64:{tmp_path}/train_data_batch_1", "is a file", "imagenet64:DIR")
     refused(f"imagenet64:{tmp_path}:test", "no part 'test'")
     refused(f"imagenet64:{tmp_path}:val", "no val images of 64 x 64", "val_data")
@@ -165,10 +165,13 @@ def test_arrays_that_would_run_something_or_are_damaged_are_refused(tmp_path):
     path = tmp_path / "imagenet32-valid.npy"
     for images, words in (
         (rows(32).astype(np.float32), ["float32", "expected uint8 [N, 32, 32, 3]"]),
-        (interleaved(64), ["uint8 [2, 64, 64, 3]"]),
+        (interleaved(64), ["uint8 [2, 64, 64, 3]", "give imagenet64:"]),
+        (np.uint8(1), ["is uint8 []"]),
         (np.array([None, {}]), ["cannot be read"]),
     ):
         np.save(path, images)
         refused(f"imagenet32:{tmp_path}:val", "imagenet32-valid.npy", *words)
+    path.write_bytes(path.read_bytes()[:10] + b"(" * 200)
+    refused(f"imagenet32:{tmp_path}:val", "imagenet32-valid.npy", "cannot be read")
     path.write_bytes(path.read_bytes()[:20])
     refused(f"imagenet32:{tmp_path}:val", "imagenet32-valid.npy", "cannot be read")

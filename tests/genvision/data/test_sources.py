@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -121,6 +122,10 @@ class TestFolder:
         for content, word in (
             ({"labels": {"gone.png": 0}}, "gone.png"),
             ({"labels": {"000000.png": 2}, "label_names": ["a", "b"]}, "label 2"),
+            ({"labels": {"000000.png": 10**6}}, "label 1000000, which is no number of a class"),
+            ({"labels": {"000000.png": 0}, "label_names": {"0": "a"}}, "no list of texts"),
+            ({"labels": {"000000.png": 0}, "label_names": "ab"}, "no list of texts"),
+            ({"labels": {"000000.png": 10**30}}, "cannot be read"),
             ({"labels": {"000000.png": "cat"}}, "cat"),
             ({"labels": {}}, "no images"),
             ({"000000.png": 1}, "labels.json"),
@@ -128,8 +133,9 @@ class TestFolder:
         ):
             file.write_text(json.dumps(content))
             refused(tmp_path, word)
-        file.write_text("{")
-        refused(tmp_path, "labels.json", "expected")
+        for text in ("{", "[" * 100_000):
+            file.write_text(text)
+            refused(tmp_path, "labels.json", "expected")
 
     def test_wrong_folders_are_refused_with_the_mend(self, tmp_path, folder):
         refused(f"folder:{tmp_path / 'nothing'}", "nothing", "no such folder")
@@ -141,6 +147,9 @@ class TestFolder:
         picture().save(folder / "stray.png")
         refused(f"folder:{folder}", "stray.png", "sub-folders")
         (folder / "stray.png").unlink()
+        (folder / "loop").symlink_to(".")
+        refused(f"folder:{folder}", "symbolic links", "check the path")
+        (folder / "loop").unlink()
         (tmp_path / "root").mkdir()
         folder.rename(tmp_path / "root" / "train")
         refused(f"folder:{tmp_path / 'root'}", "splits, not classes", "root/train")
@@ -292,9 +301,19 @@ class TestParquet:
         refused(write("b.parquet", {"image": self.rows([0]), "one": [0], "two": [0]}), "one, two", "rename it to label")
         refused(write("c.parquet", {"image": self.rows([0]), "label": [-1]}), "label -1", "unlabelled split")
         refused(write("d.parquet", {"image": self.rows([0, 1]), "label": [0, None]}), "1 rows without a label")
+        for labels, kind in ((["ant"], "string"), ([[0]], "list"), ([0.5], "double"), ([True], "bool")):
+            refused(write("f.parquet", {"image": self.rows([0]), "label": labels}), f"label is {kind}", "whole numbers")
         cut = write("e.parquet", {"image": self.rows([0]), "label": [0]})
         cut.write_bytes(cut.read_bytes()[:-9])
         refused(cut, "e.parquet", "damaged")
+
+    def test_a_column_of_texts_holds_paths(self, tmp_path, write):
+        picture(3).save(tmp_path / "3.png")
+        source = open_source(str(write("a.parquet", {"image": [str(tmp_path / "3.png"), "gone.png"], "label": [0, 0]})))
+        np.testing.assert_array_equal(np.asarray(source.load(0)), np.asarray(picture(3)))
+        assert source.encoded_bytes() is None
+        with pytest.raises(BadImageError, match=r"a\.parquet: row 1.*No such file"):
+            source.load(1)
 
     def test_damaged_row_fails_by_file_and_row(self, tmp_path, write):
         rows = [{"bytes": png(0), "path": "0.png"}, {"bytes": png(1)[:60], "path": "1.png"}, {"bytes": None, "path": None}]
@@ -338,6 +357,14 @@ class TestNpz:
         refused(path, "a.npz", "damaged")
         path.write_bytes(b"text")
         refused(path, "a.npz", "damaged")
+        header = b"\x93NUMPY\x01\x00"
+        file = io.BytesIO()
+        np.save(file, np.zeros((2, 4, 4, 3), dtype=np.uint8))
+        for content in (header + b"\x20\x00" + b"(" * 32, header + b"\x10\x00" + b"{'descr':'|u1'" + b" " * 20, file.getvalue()[:-3]):
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("arr_0.npy", content)
+                archive.writestr("other.npy", bytes(99))
+            refused(path, "a.npz", "damaged")
 
 
 def test_unknown_forms_list_the_known_ones(tmp_path):
@@ -354,6 +381,12 @@ def test_a_folder_that_is_called_like_a_form_opens_by_its_name_alone(folder, mon
     monkeypatch.chdir(folder.parent)
     folder.rename("cifar")
     assert open_source("cifar").label_names == ["ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize(("path", "reason"), [("~no_such_user/set", "home directory"), ("x" * 300, "name too long")])
+def test_paths_that_the_system_refuses_cost_a_line(path, reason):
+    for spec in (path, f"folder:{path}", f"idx:{path}", f"mix:1*digits;1*folder:{path}"):
+        assert reason in refused(spec, "check the path").lower()
 
 
 def test_an_encoded_folder_is_refused_as_images():

@@ -86,6 +86,7 @@ def test_labels_are_in_cls_or_else_in_json(members):
         ({"a.png": b"", "a.cls": b"tench"}, ("'tench' as its label (.cls)", "number of a class")),
         ({"a.png": b"", "a.json": b'{"label": true}'}, ("'True' as its label (.json under 'label')",)),
         ({"a.png": b"", "a.json": b"{"}, ("sample 'a' has a .json that cannot be read",)),
+        ({"a.png": b"", "a.json": b"[" * 100_000}, ("sample 'a' has a .json that cannot be read",)),
         ({"a.png": b"", "a.cls": b"99999999999999999999"}, ("as its label",)),
     ],
 )
@@ -147,7 +148,11 @@ def test_a_second_opening_reads_no_shard_and_a_changed_one_is_read_again(shards,
     changed.write_bytes(tar_bytes(samples(10, 13)))
     assert [len(index.offsets) for index in index_shards(ShardFiles(str(shards)))] == [2, 3, 2]
     assert read == [str(changed)]
-    os.utime(changed, (1, 1))  # of the same size
+    stat = changed.stat()
+    copy = shards / "copy"
+    copy.write_bytes(changed.read_bytes())
+    os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same size and time, as `rsync -t` leaves it
+    copy.replace(changed)
     index_shards(ShardFiles(str(shards)))
     assert read == [str(changed)] * 2
 

@@ -110,13 +110,14 @@ def test_remote_shards_are_shuffled_in_smaller_windows(shards, memory):
     ("name", "content"),
     [
         ("classes.txt", "ant\nbee\nwater flea\nyak\n"),
+        ("classes.txt", "\ufeffant \r\nbee\r\nwater flea\r\n yak\r\n"),
         ("label_names.json", '["ant", "bee", "water flea", "yak"]'),
         ("label_names.json", '{"label_names": ["ant", "bee", "water flea", "yak"]}'),
         ("dataset_info.json", '{"features": {"x": {}, "cls": {"names": ["ant", "bee", "water flea", "yak"], "_type": "ClassLabel"}}}'),
     ],
 )
 def test_names_of_classes_lie_beside_the_shards(shards, name, content):
-    (shards / name).write_text(content)
+    (shards / name).write_bytes(content.encode())
     assert open_source(f"wds:{shards}").label_names == ["ant", "bee", "water flea", "yak"]
 
 
@@ -132,8 +133,9 @@ def test_sets_that_cannot_be_used_are_refused(shards, tmp_path):
     (shards / "classes.txt").write_text("ant\nbee\n")
     refused(f"wds:{shards}", "label 2", "names for 2 classes only")
     (shards / "classes.txt").unlink()
-    (shards / "label_names.json").write_text("{}")
-    refused(f"wds:{shards}", "label_names.json", "mend or remove it")
+    for content in ("{}", '{"label_names": {"0": "ant"}}', '"ant"', "[1, 2, 3]", "[" * 100_000):
+        (shards / "label_names.json").write_text(content)
+        refused(f"wds:{shards}", "label_names.json", "mend or remove it")
     (shards / "label_names.json").unlink()
     (shards / "train-0002.tar").write_bytes(tar_bytes({"a.png": png(0)}))
     refused(f"wds:{shards}", "train-0002.tar: its samples have no label", "train-0000.tar have")

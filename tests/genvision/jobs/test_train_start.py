@@ -69,6 +69,23 @@ def test_adapters_are_trained_go_on_bit_for_bit_and_end_merged_in_a_plain_model(
     main(["sample", "--model", str(whole / "model"), "--num", "2", "--out", str(train.folder / "samples")])
 
 
+def test_what_is_new_and_not_trained_is_named_with_the_mend(train, capsys):
+    first = train("first", FLOW)
+    loop = {"train": LOOP | {"num_steps": 1}}
+    other = FLOW | loop | {"model": FLOW["model"] | {"num_classes": 12}}  # classes 10 and 11 are new
+    warning = "warning: new here, but neither in init_from nor trained, so it stays random: label_embed.table.weight (new rows)"
+
+    def warnings(name: str, config: dict, *more: object) -> list[str]:
+        capsys.readouterr()
+        train(name, config, "--init_from", first, *more)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: new")]
+
+    assert warnings("adapters", other, "--lora.rank", 2) == [f"{warning}; to train it, name it in lora.also_train"]
+    assert warnings("parts", other, "--optim.train_only", "[attention]") == [f"{warning}; to train it, name it in optim.train_only"]
+    assert not warnings("both", other, "--lora.rank", 2, "--lora.also_train", "[label_embed]")
+    assert not warnings("whole", other) and not warnings("same", FLOW | loop, "--lora.rank", 2)
+
+
 def test_what_does_not_fit_is_refused(train, tiny_tokenizer):
     first = train("first", FLOW)
     assert "hidden_dim" in train.refused(FLOW, "--init_from", first, "--model.hidden_dim", 32)

@@ -38,7 +38,7 @@ def config(tiny_tokenizer, tiny_codes) -> dict:
 def check_every_checkpoint(output: Path) -> None:
     checkpoints = CheckpointFolder(output / "checkpoints", 3)
     for step in checkpoints.steps():
-        assert checkpoints.read(step)["num_samples"] == step * 16
+        assert checkpoints.read(step)["data_position"] == step * 16
 
 
 def killed(words: list[str], output: Path, environment: dict[str, str], kills: int, seed: int) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from genvision.errors import UserError
@@ -22,11 +23,27 @@ class Line(nn.Module):
         return x @ self.weight
 
 
+class Line2(Line):
+    """With a running statistic, a code that moves by averages, and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.code = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(1))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean().view(1), 0.1)
+            self.code.data.copy_(1 + self.mean)
+        return super().forward(self.dropout(x)) * self.code
+
+
 class Regression:
     """The least stage: a linear model; a batch may carry a loss that is not finite."""
 
-    def __init__(self):
-        self.model, self.baselines, self.adversary, self.needs_average = Line(), {"loss": 1.0}, None, False
+    def __init__(self, model=None):
+        self.model, self.baselines, self.adversary, self.needs_average = model or Line(), {"loss": 1.0}, None, False
 
     def loss(self, model, batch):
         return {"loss": ((model(batch["x"]) - batch["y"]) ** 2).mean()}
@@ -92,9 +109,10 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch(tmp_path):
     torch.testing.assert_close(parts.model.weight, whole.model.weight, atol=1e-6, rtol=0)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
-    clean, _ = run(tmp_path / "a", num_steps=3)
-    stage, done = run(tmp_path / "b", num_steps=5, bad_steps=(3, 4))
+@pytest.mark.parametrize("decays", [(), (0.9,)])
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, decays):
+    clean, _ = run(tmp_path / "a", num_steps=3, ema_decays=decays)
+    stage, done = run(tmp_path / "b", num_steps=5, bad_steps=(3, 4), ema_decays=decays)
     assert done and torch.equal(stage.model.weight, clean.model.weight)
     facts = json.loads((tmp_path / "b/checkpoints/step_00000005/state.json").read_text())
     assert facts["skipped_steps"] == 2
@@ -116,8 +134,6 @@ def test_more_steps_can_be_asked_of_a_finished_run(tmp_path):
 
 def test_the_average_is_what_a_finished_run_leaves_in_the_model(tmp_path):
     stage, _ = run(tmp_path, ema_decays=(0.9, 0.5))
-    from safetensors.torch import load_file
-
     folder = tmp_path / "checkpoints/step_00000020"
     assert torch.equal(stage.model.weight, load_file(folder / "ema_0.9.safetensors")["weight"])
     assert not torch.equal(stage.model.weight, load_file(folder / "model.safetensors")["weight"])
@@ -148,7 +164,7 @@ def test_after_bad_steps_in_a_row_the_run_goes_back_and_on_with_later_data(tmp_p
     assert train(config(tmp_path / "b", num_steps=16, checkpoint_every=5), Accelerator(cpu=True), expected, skipping) is not None
     assert torch.equal(stage.model.weight, expected.model.weight)
     facts = json.loads((tmp_path / "a/checkpoints/step_00000016/state.json").read_text())
-    assert (facts["rewinds"], facts["skipped_steps"], facts["data_shift"]) == (1, 3, 5)
+    assert (facts["rewinds"], facts["skipped_steps"], facts["data_position"]) == (1, 3, (16 + 5) * 8)
     (event,) = [json.loads(line) for line in (tmp_path / "a/events.jsonl").read_text().splitlines()]
     assert (event["event"], event["to"]) == ("rewind", 10)
     longer, _ = run(tmp_path / "a", num_steps=20, rewind_after=3, checkpoint_every=5)  # the shift is in the checkpoint
@@ -190,10 +206,11 @@ def test_held_out_loss_and_scores_come_from_the_average_and_change_nothing(tmp_p
 
     options = config(tmp_path / "a", validate_every=10, ema_decays=(0.9,))
     options = dataclasses.replace(options, scores=ScoresConfig(every=20))
-    stage = Regression()
+    stage = Regression(Line2())
     (tmp_path / "a").mkdir()
     train(options, Accelerator(cpu=True), stage, stream(), observers=Observers(held_out=held_out, scores=scores))
-    plain, _ = run(tmp_path / "b", ema_decays=(0.9,))
+    plain, _ = run(tmp_path / "b", Regression(Line2()), ema_decays=(0.9,))
+    plain.model.eval()
     assert torch.equal(stage.model.weight, plain.model.weight) and torch.equal(seen[0], plain.model.weight)
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     told = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
@@ -202,3 +219,78 @@ def test_held_out_loss_and_scores_come_from_the_average_and_change_nothing(tmp_p
     with torch.no_grad():
         batch = held_out(0, 1)[0]
         assert told[20] == pytest.approx(float(plain.loss(plain.model, batch)["loss"]))
+
+
+def test_what_one_bad_batch_moved_is_put_back(tmp_path):
+    """Running statistics, and codes without a gradient; the weights would stay, but no later step would be good."""
+
+    def with_nan(start_step, rank, world_size):
+        for step, batch in enumerate(stream()(start_step, rank, world_size), start_step):
+            yield {"x": batch["x"] * (float("nan") if step == 5 else 1.0), "y": batch["y"]}
+
+    stage = Regression(Line2())
+    train(config(tmp_path, num_steps=10), Accelerator(cpu=True), stage, with_nan)
+    assert all(tensor.isfinite().all() for tensor in stage.model.state_dict().values())
+    assert json.loads((tmp_path / "checkpoints/step_00000010/state.json").read_text())["skipped_steps"] == 1
+
+
+def test_gradients_are_watched_where_they_are_not_clipped(tmp_path):
+    class Hooked(Line):
+        def forward(self, x):
+            out = super().forward(x)
+            if x[0, 0] == 7.0:
+                out.register_hook(lambda gradient: gradient * float("nan"))
+            return out
+
+    def marked(start_step, rank, world_size):
+        for step, batch in enumerate(stream()(start_step, rank, world_size), start_step):
+            if step == 5:
+                batch["x"][0, 0] = 7.0
+            yield batch
+
+    stage, options = Regression(Hooked()), config(tmp_path, num_steps=10)
+    options = dataclasses.replace(options, optim=dataclasses.replace(options.optim, max_grad_norm=None))
+    train(options, Accelerator(cpu=True), stage, marked)
+    assert stage.model.weight.isfinite().all()
+    assert json.loads((tmp_path / "checkpoints/step_00000010/state.json").read_text())["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_run_that_may_go_back_keeps_the_checkpoint_that_it_goes_back_to(tmp_path, keep):
+    """Steps 9, 10, 11 are bad; a checkpoint of step 10 would drive out that of 5, and one of 10 must not outlive the way back."""
+    _, done = run(tmp_path, bad_steps=(9, 10, 11), rewind_after=3, num_steps=9 + 4, checkpoint_every=5, keep_checkpoints=keep)
+    assert done
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert event["to"] == 5
+    assert max(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()) == 13
+
+
+def test_an_average_that_is_new_begins_with_the_weights(tmp_path):
+    run(tmp_path, num_steps=10, ema_decays=(0.5,))
+    stage, _ = run(tmp_path, num_steps=11, ema_decays=(0.9, 0.5))
+    averages = [load_file(tmp_path / f"checkpoints/step_00000011/ema_{decay}.safetensors")["weight"] for decay in (0.9, 0.5)]
+    before = load_file(tmp_path / "checkpoints/step_00000010/model.safetensors")["weight"]
+    after = load_file(tmp_path / "checkpoints/step_00000011/model.safetensors")["weight"]
+    decay = min(0.9, 12 / 21)
+    torch.testing.assert_close(averages[0], decay * before + (1 - decay) * after)
+    assert not torch.equal(*averages) and torch.equal(stage.model.weight, averages[0])
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path):
+    run(tmp_path, num_steps=10)
+    with pytest.raises(UserError, match=r"train\.num_steps 5: the run is at step 10 already"):
+        run(tmp_path, num_steps=5)
+
+
+def test_a_failing_look_at_the_model_costs_no_checkpoint(tmp_path):
+    def held_out(rank, world_size):
+        raise UserError("no such images")
+
+    def preview(step, model):
+        raise UserError("no such classes")
+
+    tmp_path.mkdir(exist_ok=True)
+    for observers, name in ((Observers(preview=preview), "preview_every"), (Observers(held_out=held_out), "validate_every")):
+        with pytest.raises(UserError, match="no such"):
+            train(config(tmp_path / name, **{name: 10}), Accelerator(cpu=True), Regression(), stream(), observers=observers)
+    assert [path.name for path in (tmp_path / "preview_every/checkpoints").iterdir()] == ["step_00000010"]

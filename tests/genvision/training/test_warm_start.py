@@ -66,6 +66,16 @@ def test_classes_keep_their_rows_by_name(name, tmp_path):
     assert set(report.copied) | set(report.relabelled) == set(own)
 
 
+def test_of_classes_with_one_name_the_second_keeps_the_row_of_the_second(tmp_path):
+    trained = saved(tmp_path, "dit", ["crane", "dog", "crane", "cat", "eel"]).label_embed.table.weight
+    model, _, report = start_of("dit", tmp_path, label_names=["crane", "dog", "crane", "cat", "eel"])
+    assert model.label_embed.table.weight.equal(trained) and not report.relabelled
+    model, own, report = start_of("dit", tmp_path, label_names=["eel", "crane", "crane", "crane", "dog"])
+    table = model.label_embed.table.weight
+    assert table[[0, 1, 2, 4]].equal(trained[[4, 0, 2, 1]]) and table[3].equal(own[LABELS["dit"]][3])
+    assert report.with_new_rows == report.relabelled == (LABELS["dit"],)
+
+
 def test_the_words_of_mage_keep_codes_classes_null_and_mask(tmp_path):
     trained = saved(tmp_path, "mage", ANIMALS).state_dict()["words.weight"]
     model, own, report = start_of("mage", tmp_path, num_classes=3, class_slots=6, null_slot=4, label_names=["fox", "eel", "ant"])
@@ -235,6 +245,18 @@ def test_a_folder_that_is_no_start_is_refused(tmp_path):
             warm_start(tiny("dit"), tmp_path / folder)
 
 
+def test_a_folder_may_stand_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained = saved(tmp_path / "dit", "dit")
+    model, _, _ = start_of("dit", "~/dit")
+    assert model.label_embed.table.weight.equal(trained.label_embed.table.weight)
+    run_config(tmp_path / "run", (), tokenizer="~/vq")
+    checkpoint(tmp_path / "run", 1, tiny("rar").state_dict(), "model")
+    save_parts(tmp_path / "vq", {"tokenizer": tiny("vq", seed=1)})
+    with pytest.raises(UserError, match=rf"was trained on the codes of {tmp_path}/vq, which makes others than this run's tokenizer"):
+        start_of("rar", "~/run", tokenizer=tiny("vq", seed=2))
+
+
 def test_every_model_that_can_be_trained_is_declared():
     assert {family.model_name: kind for kind, family in FAMILIES.items()} == {name: kind for name, (_, _, kind) in NAMES.items()}
 
@@ -248,12 +270,13 @@ def checkpoint(run, step, tensors, name):
     return folder.path(step)
 
 
-def run_config(run, ema_decays, stage="generator"):
+def run_config(run, ema_decays, stage="generator", tokenizer=None):
     _, options = MODELS["rar"]
     given = {name: value for name, value in options.items() if name not in ("codebook_size", "grid_size", "num_classes")}
     config = TrainConfig(
         stage=stage,
         output_dir=str(run),
+        tokenizer=tokenizer,
         model={"name": "rar", "num_classes": None, "mlp_dim": None, "class_dropout": 0.1, **given},
         data=DataConfig(spec="digits"),
         optim=OptimConfig(),
@@ -286,8 +309,9 @@ def test_a_run_without_averages_gives_its_weights_and_a_finished_one_its_model(t
     model, _, _ = start_of("rar", tmp_path)
     assert model.head.linear.weight.equal(newest["head.linear.weight"])
     trained = saved(tmp_path / "model", "rar", ANIMALS)
-    model, _, _ = start_of("rar", tmp_path, label_names=ANIMALS[::-1])
+    model, _, report = start_of("rar", tmp_path, label_names=ANIMALS[::-1])
     assert model.label_embed.table.weight[:5].equal(trained.label_embed.table.weight[:5].flip(0))
+    assert report.relabelled == ("label_embed.table.weight",) and not report.with_new_rows
 
 
 def test_a_run_of_another_stage_or_with_adapters_or_without_a_checkpoint_is_refused(tmp_path):
