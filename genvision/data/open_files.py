@@ -4,6 +4,7 @@ They are read at places that are named (`os.pread`), so a forked process may use
 """
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 MAX_OPEN = 128
@@ -21,8 +22,8 @@ class OpenFile:
         """As they are now."""
         return os.fstat(self.number).st_size
 
-    def __del__(self) -> None:
-        os.close(self.number)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of the process the name `os` may be gone
+        close(self.number)
 
 
 @lru_cache(maxsize=MAX_OPEN)
