@@ -61,6 +61,8 @@ but num_steps leave the weights of every step as they were; what follows the len
 distillation of nested networks, goes on along the new one."""
 
 
+REMAINS = {RUN_LOCK, "config.yaml.part"}
+"""What a start that went no further may leave."""
 DECIDE_ORDER = {"data", "seed", "data.shuffle_window"}
 """What gives another order where it is allowed to change."""
 
@@ -101,7 +103,7 @@ def _run(
     changes: dict[str, Any],
 ) -> Path | None:
     if config.train.tracker:
-        accelerator.init_trackers("genvision", config={"config": yaml.safe_load((output / "config.yaml").read_text())})
+        accelerator.init_trackers("genvision", config={"config": flat_values(config)})
     streams: list[BatchStream] = []
 
     def stream(start_step: int, rank: int, world_size: int) -> BatchStream:
@@ -147,7 +149,7 @@ def _run(
 def _open_run(config: TrainConfig, output: Path, allow_change: frozenset[str], stack: ExitStack) -> dict[str, Any]:
     """Lock the folder of a run, and write down the configuration of a new one; gives what changed since, see `_changes`."""
     saved = output / "config.yaml"
-    if output.exists() and any(path.name != RUN_LOCK for path in output.iterdir()) and not saved.is_file():
+    if output.exists() and any(path.name not in REMAINS for path in output.iterdir()) and not saved.is_file():
         raise UserError(f"{output}: is not a run of genvision train (config.yaml is missing); choose another output_dir")
     stack.enter_context(RunLock(output))
     if saved.is_file():
@@ -159,7 +161,7 @@ def _open_run(config: TrainConfig, output: Path, allow_change: frozenset[str], s
 def _forget_empty_run(output: Path) -> None:
     """Leave no folder behind a run that failed before its first step."""
     names = {path.name for path in output.iterdir()}
-    if names <= {"config.yaml", RUN_LOCK}:
+    if names <= {"config.yaml", *REMAINS}:
         for name in names:
             (output / name).unlink()
         if not output.is_symlink():

@@ -12,7 +12,7 @@ from genvision.data.sources import open_source
 from genvision.training.config import TrainConfig
 from genvision.training.validation import ValidationBatches
 
-ORDER_SAMPLE = 256
+ORDER_SAMPLE = 64
 """Places of an epoch by which an order is told."""
 HeldOut = Callable[[int, int], Iterable[dict[str, Tensor]]]
 """rank and number of processes -> batches."""

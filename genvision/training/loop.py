@@ -29,7 +29,7 @@ from genvision.training.log import MetricLog
 from genvision.training.peers import lost_contact
 from genvision.training.phases import Phases
 from genvision.training.saved_tensors import SavedTensors, saved_files
-from genvision.training.sharding import place, requested_sharding, whole
+from genvision.training.sharding import forget_gathered, place, requested_sharding, whole
 from genvision.training.stage import Batch, Identity, Observers, Stage, Stream
 from genvision.training.state import CheckpointFolder
 from genvision.training.step import Stepper
@@ -109,6 +109,7 @@ class _Run:
         if observers.held_out is not None and loop.validate_every:
             self.held_out = observers.held_out(accelerator.process_index, accelerator.num_processes)
         self.step = self.skipped = self.bad_in_a_row = self.rewinds = 0
+        self.save_due = False
         self.data_shift = 0  # by how many steps the data is ahead, after a run was wound back
         rng.start(config.seed, 0, accelerator.process_index)
 
@@ -163,8 +164,9 @@ class _Run:
                     feed.close()
                     feed = self._feed(stream)
                     continue
+                self.save_due |= self.step % loop.checkpoint_every == 0
                 may_rewind = bool(loop.rewind_after and self.bad_in_a_row)  # then the last good checkpoint must not be pruned
-                if (self.step % loop.checkpoint_every == 0 and not may_rewind) or ends:
+                if (self.save_due and not may_rewind) or ends:
                     self.save()
                 if last or not verdict.stop:
                     self._observe(log, last)
@@ -287,6 +289,7 @@ class _Run:
 
     def save(self) -> None:
         """Copy the state of this step and begin to write it."""
+        self.save_due = False
         self.phases.enter("checkpoint")
         self.writer.wait()  # now, or there would be two copies
         accelerator = self.accelerator
@@ -337,6 +340,8 @@ class _Run:
         for decay in self.ema.decays:  # one that is new begins with the weights
             name = f"ema_{decay}" if any(folder.glob(f"ema_{decay}.*")) else "model"
             SavedTensors(folder, name).load_into(self.ema.state_dict(decay))
+        if self.ema.network is not None:
+            forget_gathered(self.ema.network)
         rest = self.checkpoints.load_object(step, "stage.pt")
         self.stage.load_state_dict(rest["stage"])
         if accelerator.scaler is not None and rest["scaler"]:

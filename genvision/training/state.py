@@ -22,7 +22,7 @@ from torch import Tensor
 from genvision.errors import UserError
 
 PART, OLD, DAMAGED = ".part", ".old", ".damaged"
-FORMAT = 2
+FORMAT = 3
 BLOCK = 1 << 20
 
 

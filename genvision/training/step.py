@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     is_good: bool
     """Loss and gradients are finite everywhere, and the loss has not exploded."""
     is_overflow: bool
-    """Gradients alone are not finite, in fp16: its scale was too large and will be smaller, which is no fault."""
+    """Gradients alone are not finite, in fp16 with a scale above 1: it was too large and will be smaller, which is no fault."""
     stop: bool
     """Some process was asked to stop."""
     data_failed: bool
@@ -55,6 +55,8 @@ class Stepper:
         self.accelerator, self.stage, self.trainees, self.accumulation = accelerator, stage, trainees, accumulation
         self.main, self.explode_factor = trainees[0], explode_factor
         self.mean_loss, self.num_good = 0.0, 0
+        for network in [] if stage.adversary is None else stage.adversary.statistics:
+            network.to(accelerator.device)  # now: what moves later leaves the tensors that are watched here
         watched = [trainee.network for trainee in trainees] + ([] if stage.adversary is None else [*stage.adversary.statistics])
         self._statistics = [tensor for network in watched for tensor in running_statistics(network)]
         self._before: list[tuple[Tensor, Tensor]] = []
@@ -109,12 +111,14 @@ class Stepper:
             bad_loss, bad_norm, stop, data_failed = (vote > 0 for vote in votes)
             loss = loss / num
         is_good = not bad_loss and not bad_norm and not self._explodes(loss)
-        return Verdict(is_good, bad_norm and not bad_loss and self.accelerator.scaler is not None, stop, data_failed)
+        scaler = self.accelerator.scaler
+        is_overflow = bad_norm and not bad_loss and scaler is not None and scaler.get_scale() > 1
+        return Verdict(is_good, is_overflow, stop, data_failed)
 
     def _explodes(self, loss: float) -> bool:
         if self.explode_factor is None:
             return False
-        if self.num_good >= STEPS_OF_MEAN and loss > self.explode_factor * self.mean_loss:
+        if self.num_good >= STEPS_OF_MEAN and loss - self.mean_loss > (self.explode_factor - 1) * abs(self.mean_loss):
             return True
         decay = min(MEAN_LOSS_DECAY, self.num_good / (self.num_good + 1))
         self.mean_loss = decay * self.mean_loss + (1 - decay) * loss

@@ -111,7 +111,10 @@ class TokenizerStage:
                 self.perceptual.train()
 
     def before_step(self, step: int, averages: EMA) -> None:
-        """Nothing depends on it."""
+        """What a bad step left behind is forgotten: only `after_step`, of a good one, takes it in."""
+        self.counts_of_step.zero_()
+        if self.adversary is not None:
+            self.adversary.step = step
 
     @torch.no_grad()
     def after_step(self, step: int, accelerator: Accelerator, averaged: AveragedModel) -> dict[str, float]:

@@ -68,7 +68,7 @@ def test_the_newest_up_to_a_step_can_be_asked_for(folder):
 
 def test_a_checkpoint_of_another_format_is_no_damage(folder):
     facts = folder.path(30) / "state.json"
-    facts.write_text(facts.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(UserError, match="is a checkpoint in format 1, this genvision writes and reads 2"):
+    facts.write_text(facts.read_text().replace('"format": 3', '"format": 1'))
+    with pytest.raises(UserError, match="is a checkpoint in format 1, this genvision writes and reads 3"):
         folder.newest()
     assert folder.steps() == [20, 30]

@@ -88,6 +88,16 @@ def test_an_overflow_makes_the_scale_smaller_changes_no_weight_and_is_no_fault(a
     assert accelerator.scaler.get_scale() < 256
 
 
+def test_gradients_that_stay_infinite_become_a_fault(accelerator):
+    pair = Pair()
+    steps = stepper(with_scaler(accelerator), pair)
+    pair.adversary.factor = 1e37
+    weight = next(iter(pair.network.parameters()))
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    verdicts = [one_step(steps).is_overflow for _ in range(12)]
+    assert verdicts[0] and not verdicts[-1]
+
+
 def test_a_loss_that_is_not_finite_is_a_fault_with_a_scaler_too(accelerator):
     pair = Pair()
     steps = stepper(with_scaler(accelerator), pair)

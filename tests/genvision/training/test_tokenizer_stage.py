@@ -27,3 +27,12 @@ def test_the_dropout_inside_lpips_is_left_out_of_held_out_losses_alone():
     expected = layer_distance(batch["images"], model(batch["images"]).reconstruction, torch.ones(1, 3, 1, 1)).mean()
     assert first.equal(expected)
     assert not stage.loss(model, batch)["perceptual"].equal(stage.loss(model, batch)["perceptual"])
+
+
+def test_the_codes_of_a_step_that_came_to_nothing_do_not_count():
+    model = tiny("vq")
+    stage = TokenizerStage(model, TokenizerLossConfig(), seed=0, num_steps=2, steps_per_pass=1)
+    stage.loss(model, {"images": torch.rand(4, 3, 8, 8) * 2 - 1})
+    assert stage.counts_of_step.sum() > 0
+    stage.before_step(0, EMA(model, ()))
+    assert stage.counts_of_step.sum() == 0
