@@ -12,7 +12,8 @@ from genvision.jobs.runs import Curve, Run, number_text, parts_of
 CHART_POINTS = 120
 MAX_LINES = 12
 """Runs in one chart, those that changed last."""
-TITLES = ("run", "model", "state", "step", "loss", "validation", "images/s", "data wait", "MFU", "skipped", "checkpoint")
+NOTHING = "-"
+"""What stands for a figure that a run does not have."""
 
 
 def write_runs_page(path: Path, runs: Sequence[Run], folder: Path) -> None:
@@ -28,22 +29,33 @@ def write_runs_page(path: Path, runs: Sequence[Run], folder: Path) -> None:
 
 
 def _table(runs: Sequence[Run]) -> str:
-    head = "".join(f"<th{' class=num' if i > 2 else ''}>{title}</th>" for i, title in enumerate(TITLES))
-    rows = []
-    for run in runs:
-        numbers = (
-            f"{run.step:,}" if run.num_steps is None else f"{run.step:,} of {run.num_steps:,}",
-            number_text(run.loss, ".4g"),
-            number_text(run.validation_loss, ".4g"),
-            number_text(run.images_per_second, ",.0f"),
-            number_text(run.data_wait, ".1%"),
-            number_text(run.mfu, ".1%"),
-            f"{run.skipped_steps:,}",
-            "none" if run.checkpoint_step is None else f"{run.checkpoint_step:,}, {run.checkpoint_time}",
-        )
-        cells = "".join(f'<td class="num">{escape(cell)}</td>' for cell in numbers)
-        rows.append(f"<tr><th>{breakable(run.name)}</th><td>{escape(run.model or '?')}</td><td>{run.state}</td>{cells}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    """Figures that no run has are no column."""
+    rows = [_figures(run) for run in runs]
+    shown = [title for title in rows[0] if any(row[title] != NOTHING for row in rows)]
+    head = "<th>run</th><th>model</th><th>state</th>" + "".join(f"<th class=num>{title}</th>" for title in shown)
+    lines = []
+    for run, row in zip(runs, rows, strict=True):
+        cells = "".join(f'<td class="num">{escape(row[title])}</td>' for title in shown)
+        words = "".join(f"<td>{escape(word)}</td>" for word in (run.model or "?", run.state))
+        lines.append(f"<tr><th>{breakable(run.name)}</th>{words}{cells}</tr>")
+    style = "<style>.runs td,.runs th{overflow-wrap:normal;white-space:nowrap}</style>"
+    return f'{style}<div class="scroll runs"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _figures(run: Run) -> dict[str, str]:
+    saved = NOTHING
+    if run.checkpoint_step is not None and run.checkpoint_time is not None:
+        saved = f"{run.checkpoint_step:,}, {run.checkpoint_time[:16].replace('T', ' ')}"
+    return {
+        "step": f"{run.step:,}" if run.num_steps is None else f"{run.step:,} of {run.num_steps:,}",
+        "loss": number_text(run.loss, ".4g"),
+        "validation": number_text(run.validation_loss, ".4g"),
+        "images/s": number_text(run.images_per_second, ",.0f"),
+        "data wait": number_text(run.data_wait, ".1%"),
+        "MFU": number_text(run.mfu, ".1%"),
+        "skipped": f"{run.skipped_steps:,}",
+        "checkpoint": saved,
+    }
 
 
 def _losses(kind: str, runs: Sequence[Run]) -> str:
