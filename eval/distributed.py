@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, reduce
+from accelerate.utils import gather_object, reduce
 
 from genvision.eval.moments import Moments
 from genvision.processes import process_state
@@ -61,15 +61,6 @@ def gather_rows(rows: Mapping[str, list[np.ndarray]], indices: list[np.ndarray],
 def sum_over_processes(value: int) -> int:
     """The sum of every process's value, on every process."""
     return sum(gather_object([value])) if process_state().num_processes > 1 else value
-
-
-def same_everywhere(value: object) -> object:
-    """The main process's value, on every process."""
-    if process_state().num_processes == 1:
-        return value
-    box = [value]
-    broadcast_object_list(box)
-    return box[0]
 
 
 def _gather(arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -17,7 +17,6 @@ import genvision
 from genvision.data.sources import ImageSource, open_source
 from genvision.errors import UserError
 from genvision.eval.cache import StatisticsCache
-from genvision.eval.distributed import same_everywhere
 from genvision.eval.features import Extractor, ExtractorOptions, load_extractor
 from genvision.eval.hygiene import (
     JPEG_SAMPLE,
@@ -37,7 +36,7 @@ from genvision.eval.reference_files import ReferenceFile
 from genvision.eval.result import EvaluationResult
 from genvision.eval.scores import SetFacts, score_set
 from genvision.eval.sets import ArraySource, describe_labels, find_image_size
-from genvision.processes import process_state
+from genvision.processes import from_main, process_state
 
 LOOKED_AT = {"is": "logits", "class_accuracy": "judged"}
 """Metric to the rows of the generated set that it needs image by image."""
@@ -135,7 +134,7 @@ class Plan:
             result = self._result(measured, facts, began, fields)
             for line in result.warnings:
                 print(f"warning: {line}", file=sys.stderr, flush=True)
-        final = same_everywhere(result)
+        final = from_main(lambda: result)
         assert isinstance(final, EvaluationResult)
         return final
 

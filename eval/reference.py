@@ -12,12 +12,11 @@ import numpy as np
 from genvision.data.sources import ImageSource
 from genvision.errors import UserError
 from genvision.eval.cache import StatisticsCache
-from genvision.eval.distributed import same_everywhere
 from genvision.eval.measurement import Networks, measure
 from genvision.eval.moments import Gaussian
 from genvision.eval.reference_files import ReferenceFile, open_reference
 from genvision.eval.sets import find_image_size
-from genvision.processes import process_state
+from genvision.processes import from_main, process_state
 
 GAUSSIAN_OF = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dinov2"}
 """Metric to the rows whose statistics it compares."""
@@ -104,8 +103,7 @@ def prepare_reference(
     if isinstance(reference, ImageSource):
         if len(reference) < 2:
             raise UserError(f"{reference.spec}: a reference needs at least 2 images, got {len(reference)}; give more images")
-        main = process_state().is_main_process
-        content_hash = str(same_everywhere(reference.content_hash(show_progress=options.show_progress) if main else None))
+        content_hash = from_main(lambda: reference.content_hash(show_progress=options.show_progress))
         found = _measure_or_load(reference, content_hash, networks, moments, kept, options, cache)
         return Reference(
             name=reference.spec,
@@ -230,7 +228,7 @@ def _load(
             if entry is None:
                 break
             arrays[f"{kind}/{name}"] = entry
-    return arrays, not same_everywhere(len(arrays) == len(wanted))
+    return arrays, not from_main(lambda: len(arrays) == len(wanted))
 
 
 def _store(cache: StatisticsCache | None, parts: Mapping[str, Mapping[str, str]], arrays: Arrays) -> None:

@@ -41,7 +41,7 @@ def choose_device(name: str | None) -> str:
 
 def from_main(function: Callable[[], T]) -> T:
     """What the main process gets of a function, in every process; a UserError that it raises is raised in every one."""
-    state = PartialState()
+    state = process_state()
     if state.num_processes == 1:
         return function()
     answer: list[T | UserError | None] = [None]

@@ -56,7 +56,24 @@ class StoredFeatures:
         return self.tokens_per_side**2, self.dim
 
 
-class EncodedDataset:
+class ClassCounts:
+    """The classes of an encoded set, or of a mixture of some, and how many images there are of each."""
+
+    label_names: list[str]
+    class_counts: np.ndarray
+    """int64, one for each name."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def highest_label(self) -> int:
+        """That occurs."""
+        return int(np.flatnonzero(self.class_counts)[-1])
+
+
+class EncodedDataset(ClassCounts):
     """An encoded data set, opened for training.
 
     Args:
@@ -109,15 +126,6 @@ class EncodedDataset:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.label_names)
-
-    @property
-    def highest_label(self) -> int:
-        """That occurs."""
-        return int(np.flatnonzero(self.class_counts)[-1])
 
     @property
     def labels(self) -> np.ndarray:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from genvision.data.datasets import BadImages, Batch
-from genvision.data.encoded import EncodedDataset
+from genvision.data.encoded import ClassCounts, EncodedDataset
 from genvision.data.order import TURNS, MixtureOrder
 from genvision.data.sources import ImageSource, open_source, path_errors
 from genvision.errors import UserError
@@ -174,7 +174,7 @@ def open_encoded(
     return EncodedMixture(spec, described, parts) if spec.startswith("mix:") else parts[0]
 
 
-class EncodedMixture:
+class EncodedMixture(ClassCounts):
     """Encoded data sets of one tokenizer as one, for training.
 
     Attributes:
@@ -204,15 +204,6 @@ class EncodedMixture:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.label_names)
-
-    @property
-    def highest_label(self) -> int:
-        """That occurs."""
-        return int(np.flatnonzero(self.class_counts)[-1])
-
     def check_tokenizer(self, expected_hash: str) -> None:
         """Raises UserError if the codes were made by any other tokenizer."""
         self.parts[0].check_tokenizer(expected_hash)
@@ -220,10 +211,6 @@ class EncodedMixture:
     def fingerprint(self) -> str:
         """sha256 that changes with the parts and their weights."""
         return _digest(self.order.shares, self.label_names, [part.fingerprint() for part in self.parts])
-
-    def get(self, position: int, index: int) -> Batch:
-        """One sample, as `get_batch` gives it without B."""
-        return {key: value[0] for key, value in self.get_batch(np.array([position]), np.array([index])).items()}
 
     def get_batch(self, positions: np.ndarray, indices: np.ndarray) -> Batch:
         """What EncodedDataset.get_batch gives, with the labels of the mixture."""

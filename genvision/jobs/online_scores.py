@@ -13,7 +13,6 @@ import numpy as np
 from genvision.data.mixture import is_encoded
 from genvision.errors import UserError
 from genvision.eval.cache import StatisticsCache
-from genvision.eval.distributed import same_everywhere
 from genvision.eval.features import ExtractorOptions
 from genvision.eval.hygiene import hash_images
 from genvision.eval.job import EvaluationOptions
@@ -22,7 +21,7 @@ from genvision.eval.moments import frechet_distance
 from genvision.jobs.fid import SampledSet, plan_sampled
 from genvision.jobs.sample import SampleRequest
 from genvision.pipeline import ImagePipeline
-from genvision.processes import process_state
+from genvision.processes import from_main, process_state
 from genvision.training.config import ScoresConfig
 
 
@@ -86,6 +85,6 @@ class OnlineScores:
             if "class_accuracy" in self.metrics:
                 wanted = np.array(self.digits)[self.sampled.request.labels_of(range(num)).numpy()]
                 scores["class_accuracy"] = float(np.mean(measured.rows["judged"] == wanted))
-        known = same_everywhere(scores)
+        known = from_main(lambda: scores)
         assert isinstance(known, dict)
         return known

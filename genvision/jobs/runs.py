@@ -200,11 +200,6 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of the finished ones, rising."""
-    return sorted((int(match[1]), path) for path in folder.glob("*") if (match := re.fullmatch(r"step_(\d+)", path.name)))
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
     """What a file of lines holds; one that is just being written is left out."""
     if not path.is_file():

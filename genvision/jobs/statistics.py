@@ -4,14 +4,13 @@ from pathlib import Path
 
 from genvision.data.sources import open_source
 from genvision.errors import UserError
-from genvision.eval.distributed import same_everywhere
 from genvision.eval.job import EvaluationOptions, load_networks, software_versions
 from genvision.eval.measurement import measure
 from genvision.eval.protocols import load_protocol
 from genvision.eval.reference import GAUSSIAN_OF
 from genvision.eval.reference_files import write_statistics
 from genvision.eval.sets import find_image_size
-from genvision.processes import process_state
+from genvision.processes import from_main, process_state
 
 
 def write_data_statistics(data: str, out: Path, *, options: EvaluationOptions) -> str:
@@ -48,7 +47,7 @@ def write_data_statistics(data: str, out: Path, *, options: EvaluationOptions) -
         description="statistics",
     )
     state = process_state()
-    content_hash = same_everywhere(source.content_hash() if state.is_main_process else None)
+    content_hash = from_main(source.content_hash)
     if state.is_main_process:
         facts = {
             "protocol": protocol.name,

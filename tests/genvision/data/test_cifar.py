@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 from python2_pickle import dump_python2
+from refused_sources import refused
 
 from genvision.data.sources import open_source
-from genvision.errors import UserError
 
 NAMES = ["airplane", "automobile", "bird"]
 RED_TO_BLUE = np.repeat(np.array([250, 128, 5], dtype=np.uint8), 1024)  # planes: every pixel is (250, 128, 5)
@@ -39,14 +39,6 @@ def hundred(folder):
         dump_python2({"data": rows(num, num), "fine_labels": [1] * num, "coarse_labels": [0] * num}, folder / name)
     dump_python2({"fine_label_names": ["apple", "aquarium_fish"], "coarse_label_names": ["fruit"]}, folder / "meta")
     return folder
-
-
-def refused(spec, *words):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_batches_come_one_after_the_other_with_their_labels(ten):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from refused_sources import refused
 
 from genvision.data import hub, parquet, parquet_index
 from genvision.data.datasets import ImageDataset, batches, ordered_batches
@@ -64,14 +65,6 @@ def repo(write, tmp_path):
 
 def pixel(source, index):
     return source.load(index).getpixel((0, 0))[0]
-
-
-def refused(spec, *words):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 class TestReading:

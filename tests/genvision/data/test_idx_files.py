@@ -5,9 +5,9 @@ import pickle
 
 import numpy as np
 import pytest
+from refused_sources import refused
 
 from genvision.data.sources import open_source
-from genvision.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
 
@@ -24,14 +24,6 @@ def write(folder, images_name, labels=(2, 0, 1), images=IMAGES):
         content = idx(array)
         (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return folder / images_name
-
-
-def refused(spec, *words):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz", "train-images.idx3-ubyte"])

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from PIL import Image
+from refused_sources import refused
 from scipy.io import savemat
 
 from genvision.data.sources import open_source
-from genvision.errors import UserError
 
 WNIDS = ["n01440764", "n01443537", "n02119789"]
 TRAIN = [
@@ -39,14 +39,6 @@ def write_kit(folder, ground_truth=(1, 3, 2)):
     rows = [(1, WNIDS[2], "kit fox", 0), (2, WNIDS[1], "goldfish", 0), (3, WNIDS[0], "tench", 0), (1001, "n00001740", "entity", 2)]
     savemat(folder / "meta.mat", {"synsets": np.array(rows, dtype=fields)[:, None]}, do_compression=True)
     (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{number}\n" for number in ground_truth))
-
-
-def refused(spec, *words):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_training_classes_are_the_sorted_wnids(root):

@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from refused_sources import refused
 
 from genvision.data import lsun
 from genvision.data.datasets import ordered_batches
 from genvision.data.sources import BadImageError, open_source
-from genvision.errors import UserError
 
 lmdb = pytest.importorskip("lmdb")
 
@@ -58,14 +58,6 @@ def write(tmp_path):
 @pytest.fixture
 def bedrooms(write):
     return write("bedroom_train_lmdb", {key(9 - i): encoded(i, form) for i, form in enumerate(FORMATS)})
-
-
-def refused(spec, *words):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_images_come_in_the_order_of_their_keys(bedrooms):

@@ -144,7 +144,7 @@ class TestCodes:
         np.testing.assert_array_equal(data.class_counts, [20, 20 + 34, 33, 33])
         copy = pickle.loads(pickle.dumps(data))
         assert torch.equal(copy.get_batch(positions, indices)["codes"], batch["codes"])
-        assert torch.equal(data.get(50, 139)["codes"], batch["codes"][0])
+        assert torch.equal(data.get_batch(np.array([50]), np.array([139]))["codes"][0], batch["codes"][0])
 
     @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
     def test_all_processes_together_see_every_part_in_its_share_and_epochs(self, folders, world_size):

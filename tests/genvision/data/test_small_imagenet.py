@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from refused_sources import refused
 
 from genvision.data.sources import open_source
-from genvision.errors import UserError
 
 WNIDS = [f"n{90_000_000 - number * 1000:08d}" for number in range(1000)]
 """In the order of map_clsloc.txt, which here is sorted backwards."""
@@ -38,14 +38,6 @@ def check_pixels(source, size):
             assert image.shape == (size, size, 3)
             assert image[0, -1].tolist() == [255, 255, 255]
             assert (image[1:] == colour).all()
-
-
-def refused(spec, *words):
-    with pytest.raises(UserError) as caught:
-        open_source(str(spec))
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_pickles_come_in_the_order_of_their_numbers_with_sorted_wnids(tmp_path, capsys):
