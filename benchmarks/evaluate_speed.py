@@ -2,8 +2,8 @@
 
 Both peers run in this process, by turns, on one thread; the one that goes first changes every round. Each turn is the whole job as a
 user starts it: read the weights, decode, resize, network, statistics, distance. What counts is CPU time, that of child processes
-included, so that neither other programs nor loader processes move the ratio. Inception has random weights by the recipe of the tests:
-no download, and the arithmetic is that of the real ones.
+included, so that neither other programs nor loader processes move the ratio. Inception has random weights: no download, and the arithmetic
+is that of the real ones. `genvision benchmark E1` measures the network alone (genvision.bench.inception).
 
 torch-fidelity takes the root of the product of the covariances by way of its eigenvalues. With fewer images than the 2048 features that
 loses 1e-5 to 1e-4 of the FID, whatever the FID is; the two sets are unlike enough for the rest to be seen.
@@ -11,25 +11,22 @@ loses 1e-5 to 1e-4 of the FID, whatever the FID is; the two sets are unlike enou
     python benchmarks/evaluate_speed.py                          # 500 + 500 images, 2 rounds: about 20 minutes
     python benchmarks/evaluate_speed.py --images 50 --rounds 3
 """
-# ruff: noqa: E402
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # numpy and torch read them when they are imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from genvision.bench.timing import NUM_THREADS
 
+# isort: split
 import numpy as np
 import torch
 import torch_fidelity
-from inception_recipe import inception_tensors
 from PIL import Image
 
+from genvision.bench.inception import random_inception
 from genvision.data.sources import open_source
 from genvision.eval.features import ExtractorOptions
 from genvision.eval.inception import InceptionExtractor
@@ -45,11 +42,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="times that each peer scores the sets")
     parser.add_argument("--batch-size", type=int, default=64, help="of both peers; 64 is torch-fidelity's default")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         weights = root / "inception.pth"
-        torch.save(inception_tensors(), weights)
+        torch.save(random_inception(), weights)
         write_images(root / "generated", arguments.images, seed=1, slope=1.8, brightness=90, contrast=30, tint=(1.2, 0.8, 0.6))
         write_images(root / "reference", arguments.images, seed=2, slope=1.0, brightness=140, contrast=50, tint=(1.0, 1.0, 1.0))
         peers: dict[str, Callable[[Path, Path, int], float]] = {"torch-fidelity": by_torch_fidelity, "genvision": by_genvision}

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from timing import NUM_THREADS, machine_load
+from genvision.bench.timing import NUM_THREADS, machine_load
 
 # isort: split
 import torch

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genvision.eval.features import Extractor, ExtractorOptions, Features, tensors_hash
+from genvision.kernels.attention import attention
 from genvision.weights import PublishedWeights
 
 DINOV2_WEIGHTS = PublishedWeights(
@@ -128,8 +129,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, 1 + N, D]
-        attended = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(attended.transpose(1, 2).flatten(2))  # [B, 1 + N, C]
+        projected: Tensor = self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, 1 + N, C]
         return projected
 
 

@@ -65,6 +65,8 @@ class Drawing:
     """latents: ddpm, ddim, dpm++ (diffusion); euler, heun, midpoint, dopri5, euler-maruyama, stochastic-heun (flow)."""
     time_shift: float | None = None
     """flows: above 1 takes more steps at the noise."""
+    cache_interval: int | None = None
+    """latents: run the blocks of the network at every so many calls only and guess them at the others; what that changes is printed."""
     scale_condition: float | None = None
     """guidance scale that a scale-conditioned model is told."""
     order: Literal["confidence", "halton", "random"] | None = None
@@ -81,6 +83,8 @@ class Drawing:
     """how floats become bytes; trunc127.5 is what DiT, SiT and LlamaGen do."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the generator."""
+    weights: Literal["float32", "float16", "int8"] = "float32"
+    """on a CPU: round the generator's weights to read less; genvision quantize --check says what that changes."""
 
 
 def demo(*, out: Path = Path("demo"), family: Literal["ar", "masked", "diffusion"] = "ar", seed: int = 0) -> None:
@@ -829,6 +833,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "presets": presets,
 }
+LEAN = {"sample"}
+"""Commands that import less of diffusers, in a process of their own."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -847,7 +853,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"genvision {__version__}")
         sys.exit(0)
     try:
-        _run(words[0], words[1:])
+        _run(words[0], words[1:], own_process=argv is None)
     except UserError as error:
         if debug:
             raise
@@ -873,7 +879,7 @@ def _drawing_options(drawing: Drawing, **sampler_options: float | None) -> dict[
     """As genvision.jobs.sample.open_job takes them."""
     options = asdict(drawing)
     cache = options.pop("kv_cache")
-    of_latents = ("guidance_channels", "method", "time_shift", "scale_condition")
+    of_latents = ("guidance_channels", "method", "time_shift", "scale_condition", "cache_interval")
     names = ("guidance_schedule", "guidance_power", "order", "choice_temperature", "nesting", *of_latents)
     chosen = {name: options.pop(name) for name in names} | {"use_cache": None if cache is None else cache == "on"}
     return options | {"sampler_options": chosen | sampler_options}
@@ -887,7 +893,7 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _run(name: str, words: list[str]) -> None:
+def _run(name: str, words: list[str], *, own_process: bool) -> None:
     if name not in COMMANDS:
         import difflib
 
@@ -897,8 +903,10 @@ def _run(name: str, words: list[str]) -> None:
         train(words)
     else:
         from genvision.config import run_command
+        from genvision.lean_import import without_unused
 
-        run_command(name, COMMANDS[name], words)
+        lean = own_process and name in LEAN
+        run_command(name, without_unused(COMMANDS[name]) if lean else COMMANDS[name], words)
 
 
 def _help() -> str:

@@ -192,6 +192,7 @@ def _train_parser(model: str, path: str) -> ArgumentParser:
     """`path` is that of a diffusion transformer, which decides about loss and sampler."""
     from genvision.training.config import DataConfig, LoopConfig, OptimConfig, ScoresConfig, TrainConfig
     from genvision.training.lora import LoRAConfig
+    from genvision.training.ternary import TernaryConfig
 
     stage = MODELS[model][0]
     parser = ArgumentParser(
@@ -215,6 +216,7 @@ def _train_parser(model: str, path: str) -> ArgumentParser:
     parser.add_class_arguments(LoopConfig, "train")
     parser.add_class_arguments(ScoresConfig, "scores")
     parser.add_class_arguments(LoRAConfig, "lora")
+    parser.add_class_arguments(TernaryConfig, "ternary")
     loss, sampler = _loss_and_sampler(model, path)
     if loss is not None:
         parser.add_class_arguments(loss, "loss")
@@ -258,6 +260,7 @@ def _loss_and_sampler(model: str, path: str) -> tuple[type | None, type | None]:
 def _train_config(values: dict[str, Any]) -> "TrainConfig":
     from genvision.training.config import DataConfig, LoopConfig, OptimConfig, ScoresConfig, TrainConfig
     from genvision.training.lora import LoRAConfig
+    from genvision.training.ternary import TernaryConfig
 
     return TrainConfig(
         **{name: values[name] for name in ("stage", "output_dir", "seed", "tokenizer", "init_from", "model")},
@@ -266,6 +269,7 @@ def _train_config(values: dict[str, Any]) -> "TrainConfig":
         train=LoopConfig(**values["train"]),
         scores=ScoresConfig(**values["scores"]),
         lora=LoRAConfig(**values["lora"]),
+        ternary=TernaryConfig(**values["ternary"]),
         loss=values.get("loss") or {},
         sampler=values.get("sampler") or {},
     )

@@ -18,13 +18,17 @@ from genvision import __version__
 from genvision.card import write_card
 from genvision.errors import UserError
 from genvision.images import Rounding, to_uint8
+from genvision.kernels.linear import Weights
+from genvision.layers.packed import prepare_linears
 from genvision.models.base import GENERATORS
 from genvision.samplers.base import SAMPLERS, Sampler
 from genvision.samplers.randomness import ImageStreams
-from genvision.tokenizers.base import load_component, load_tokenizer
+from genvision.tokenizers.base import content_hash, load_component, load_tokenizer
 from genvision.training.state import write_atomically
 
 INDEX = "model_index.json"
+MANY_ROWS = 1024
+"""Of the products of networks that read all positions at once: so many that their number does not matter."""
 OutputType = Literal["pil", "np", "pt"]
 
 
@@ -52,6 +56,8 @@ class ImagePipeline:
     def __init__(self, generator: Any, tokenizer: Any, sampler: Sampler, label_names: Sequence[str], *, guide: Any = None) -> None:
         self.generator, self.tokenizer, self.sampler = generator.eval(), tokenizer.eval(), sampler
         self.guide = guide.eval() if guide is not None else None
+        self.weights: Weights = "float32"
+        self._hashes: dict[str, str] | None = None
         self.label_names = list(label_names)
         if len(self.label_names) != generator.num_classes:
             raise UserError(f"{len(self.label_names)} label names were given for a model of {generator.num_classes} classes")
@@ -92,16 +98,62 @@ class ImagePipeline:
 
     def save_pretrained(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write the pipeline folder; `provenance` goes into the model card."""
+        if self._hashes is not None:
+            raise UserError("a pipeline that is prepared for drawing cannot be saved; save it before, or load it again")
         folder = Path(path)
         save_parts(folder, {"generator": self.generator, "tokenizer": self.tokenizer, "sampler": self.sampler}, self.label_names)
         write_card(folder / "README.md", self.generator, self.tokenizer, self.sampler, self.label_names, provenance or {})
 
     def to(self, device: str | torch.device) -> "ImagePipeline":
         """Move the networks."""
+        if self._hashes is not None and torch.device(device).type != "cpu":
+            raise UserError("a pipeline that is prepared for drawing on a CPU cannot be moved; move it before, or load it again")
         for network in (self.generator, self.tokenizer, self.guide):
             if network is not None:
-                network.to(device)
+                torch.nn.Module.to(network, device)  # ModelMixin's own imports the hooks of diffusers first, and with them torch's compiler
         return self
+
+    def prepare(self, weights: Weights = "float32", *, batch_size: int = 1) -> "ImagePipeline":
+        """Lay out the weights of the networks that draw, in place, for drawing on a CPU; they can be neither saved, moved nor trained then.
+
+        Nothing happens where there is nothing to gain: for float32 on a GPU, and for models that do not draw token by token.
+
+        Args:
+            weights: `float32` keeps the numbers; `float16` rounds weights to 11 bits; `int8` rounds weights and activations to bytes
+                (`genvision quantize --check` says what that changes).
+            batch_size: about how many images will be drawn at a time.
+
+        Raises:
+            UserError: these weights are impossible with this model.
+        """
+        networks = [network for network in (self.generator, self.guide) if network is not None]
+        if weights != "float32":
+            if any(next(network.parameters()).dtype != torch.float32 for network in networks):
+                raise UserError(f"weights '{weights}' are made of float32 ones; leave out dtype, or leave out weights")
+            if self.device.type != "cpu":
+                raise UserError(f"weights '{weights}' are for CPUs; on a GPU give --dtype bfloat16, or --device cpu")
+            if self.sampler.config.get("nesting", "1") != "1":
+                raise UserError(f"weights '{weights}' cannot be cut into smaller networks; leave out weights, or set nesting to 1")
+        elif self.device.type != "cpu" or not self.generator.is_causal:
+            return self
+        self._hashes = self.hashes()
+        for network in networks:
+            prepare_linears(network, weights, rows=self._rows(batch_size))
+        self.weights = weights
+        return self
+
+    def _rows(self, batch_size: int) -> int:
+        """Of the products of a step."""
+        if not self.generator.is_causal:
+            return MANY_ROWS
+        return batch_size * (1 + (self.sampler.network_calls(self.generator) > self.generator.num_tokens))
+
+    def hashes(self) -> dict[str, str]:
+        """`content_hash` of generator, tokenizer and guide, as they were before `prepare`."""
+        if self._hashes is not None:
+            return self._hashes
+        networks = {"generator": self.generator, "tokenizer": self.tokenizer, "guide": self.guide}
+        return {name: content_hash(network) for name, network in networks.items() if network is not None}
 
     @property
     def device(self) -> torch.device:
@@ -176,16 +228,34 @@ class ImagePipeline:
             if "num_steps" not in self.sampler.config:
                 raise UserError(f"num_inference_steps: {type(self.sampler).__name__} has no steps to choose, it draws every token once")
             options["num_steps"] = num_inference_steps
+        codes, calls = self.draw_codes(labels, seed=seed, indices=indices, known=known, **options)
+        images = self.decode(codes)
+        if output_type == "pt":
+            return ImageOutput(images.float().clamp(-1, 1), codes, calls.cpu())
+        array = to_uint8(images, rounding)
+        return ImageOutput(array if output_type == "np" else _pil_images(array), codes, calls.cpu())
+
+    @torch.inference_mode()
+    def draw_codes(
+        self, labels: Tensor, *, seed: int = 0, indices: Sequence[int] | None = None, known: Tensor | None = None, **sampler_options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The codes of the images that a call draws, not decoded, and the network calls that each cost, int64 [B]; both on the device.
+
+        Args:
+            labels: int64 [B].
+            seed, indices, known: as in a call.
+        """
         noise = ImageStreams(seed, range(len(labels)) if indices is None else indices)
-        sampler = self.sampler.with_options(**options)
+        sampler = self.sampler.with_options(**sampler_options)
         codes = sampler.sample(self.generator, labels.to(self.device), noise, known=known, guide=self.guide)
         assert sampler.calls is not None
-        calls = sampler.calls.cpu()
-        images = self.tokenizer.decode(codes)
-        if output_type == "pt":
-            return ImageOutput(images.float().clamp(-1, 1), codes, calls)
-        array = to_uint8(images, rounding)
-        return ImageOutput(array if output_type == "np" else _pil_images(array), codes, calls)
+        return codes, sampler.calls
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes of the generator -> images, float [B, 3, H, W], near [-1, 1]."""
+        images: Tensor = self.tokenizer.decode(codes)
+        return images
 
 
 def _pil_images(array: np.ndarray) -> list[Any]:

@@ -6,14 +6,15 @@ Shapes: B images, N tokens, V codebook entries.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from genvision.errors import UserError
+from genvision.kernels.draw import draw_tokens
 from genvision.samplers.base import Sampler, check_labels
-from genvision.samplers.guidance import Guidance, combine
+from genvision.samplers.graphed_step import GraphedStep, graphed_step
+from genvision.samplers.guidance import Guidance
 from genvision.samplers.randomness import ImageStreams
 from genvision.streams import Purpose
 
@@ -113,17 +114,12 @@ class AutoregressiveSampler(Sampler, SchedulerMixin):
             first = list(tokens[:, : int((tokens >= 0).all(0).sum())].unbind(1))
         uniform = noise.uniform(Purpose.TOKEN, num_tokens).to(condition.device)
         rows = _Rows(generator, condition, condition_mask, self.guidance, first)
+        kept = {"temperature": self.config.temperature, "top_k": self.config.top_k, "top_p": self.config.top_p}
         for i in range(len(first), num_tokens):
-            logits = rows.next_logits()  # [B, V]
-            rows.take(self._choose(logits, uniform[:, i]))
+            logits, scale = rows.next_logits()
+            rows.take(draw_tokens(logits, uniform[:, i], guidance_scale=scale, **kept))
         self.calls = torch.full((len(noise),), rows.calls)
         return torch.stack(rows.tokens, dim=1).view(len(noise), *generator.code_shape)
-
-    def _choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        if self.config.temperature == 0:
-            return logits.argmax(-1)
-        kept = filter_logits(logits, temperature=self.config.temperature, top_k=self.config.top_k, top_p=self.config.top_p)
-        return draw(F.softmax(kept, dim=-1), uniform)
 
 
 class _Rows:
@@ -132,31 +128,28 @@ class _Rows:
     def __init__(self, generator: Any, condition: Tensor, condition_mask: Tensor | None, guidance: Guidance, first: list[Tensor]) -> None:
         self.generator, self.condition, self.mask = generator, condition, condition_mask
         self.scales = guidance.scales(generator.num_tokens)
+        self.guided_until = max((i + 1 for i, scale in enumerate(self.scales) if scale != 1), default=0)
         self.num_rows = condition.shape[0]
         self.tokens = first
         self.cache: Any = None
+        self.graph: GraphedStep | None = None
+        self.captured: Any = None  # the cache that `graph` is for
         self.has_null = False
         self.calls = 0
 
-    def next_logits(self) -> Tensor:
-        """Logits of the next token after guidance, [B, V]."""
-        scale, last_guided = self.scales[len(self.tokens)], self._guided_later()
-        if self.has_null and not last_guided:
+    def next_logits(self) -> tuple[Tensor, float | None]:
+        """Logits of the next token, [B, V], or [2B, V] with null rows behind and the scale to guide with."""
+        scale = self.scales[len(self.tokens)]
+        if self.has_null and len(self.tokens) >= self.guided_until:
             self.cache, self.has_null = self.cache.first_rows(self.num_rows), False
         if scale != 1 and not self.has_null and self.cache is not None:
             self._add_null_rows()
         logits = self._start(scale != 1) if self.cache is None else self._extend()
         self.calls += 1 + self.has_null
-        if not self.has_null:
-            return logits
-        conditional, null = logits.chunk(2)
-        return combine(conditional, null, scale) if scale != 1 else conditional
+        return (logits, scale) if scale != 1 else (logits[: self.num_rows], None)
 
     def take(self, tokens: Tensor) -> None:
         self.tokens.append(tokens)
-
-    def _guided_later(self) -> bool:
-        return any(scale != 1 for scale in self.scales[len(self.tokens) :])
 
     def _doubled(self, x: Tensor | None, with_null: bool) -> Tensor | None:
         return torch.cat([x, x]) if with_null and x is not None else x
@@ -174,7 +167,11 @@ class _Rows:
         return logits
 
     def _extend(self) -> Tensor:
-        last = self._doubled(self.tokens[-1], self.has_null)
+        last = torch.cat([self.tokens[-1]] * (1 + self.has_null))
+        if self.captured is not self.cache:  # the first step of these rows
+            self.captured, self.graph = self.cache, graphed_step(self.generator, self.cache, self.mask)
+        if self.graph is not None:
+            return self.graph.extend(self.generator, last, self.cache)
         return self.generator.extend(last, self.cache, self._doubled(self.mask, self.has_null))
 
     def _add_null_rows(self) -> None:
@@ -183,39 +180,3 @@ class _Rows:
         drop = torch.ones(self.num_rows, dtype=torch.bool, device=self.condition.device)
         _, null_cache = self.generator.start(self.condition, self.mask, drop, torch.stack(past, dim=1) if past else None)
         self.cache, self.has_null = self.cache.joined(null_cache), True
-
-
-def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Temperature, then top-k, then top-p (nucleus sampling, arXiv:1904.09751), in the official order; -inf where dropped.
-
-    All that tie with the k-th stay; the token that crosses `top_p` stays.
-
-    Args:
-        logits: [B, V].
-    """
-    logits = logits / max(temperature, 1e-5)
-    if 0 < top_k < logits.shape[-1]:
-        border = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < border, float("-inf"))
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = F.softmax(ordered, dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-        before[:, 0] = 0
-        logits = logits.masked_fill((before > top_p).scatter(-1, order, before > top_p), float("-inf"))
-    return logits
-
-
-def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row by the inverse of the cumulative distribution.
-
-    Args:
-        probabilities: [B, V], need not sum to 1 exactly.
-        uniform: float64 [B] in [0, 1).
-
-    Returns:
-        int64 [B]; never a token of probability 0.
-    """
-    cumulative = probabilities.double().cumsum(dim=-1)
-    target = uniform.unsqueeze(1) * cumulative[:, -1:]
-    last_possible = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(torch.searchsorted(cumulative, target, right=True).squeeze(1), last_possible)

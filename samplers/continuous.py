@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genvision.errors import UserError
 from genvision.samplers.base import Sampler, check_labels
+from genvision.samplers.block_cache import ENDS, BlockCache, CacheReport, full_evaluations, relative_distances
 from genvision.samplers.guidance import Guidance
 from genvision.samplers.guided_network import GuidedNetwork, JobMemory
 from genvision.samplers.randomness import ImageStreams
@@ -36,6 +37,8 @@ class ContinuousSampler(Sampler):
         )
         if config.rows not in ("together", "apart"):
             raise UserError(f"rows '{config.rows}' is unknown; choose together or apart")
+        if config.cache_interval < 1:
+            raise UserError(f"cache_interval {config.cache_interval} is not allowed; give 1 (off) or more evaluations")
         self.memory = JobMemory()
 
     def with_options(self: Self, **options: Any) -> Self:
@@ -55,6 +58,11 @@ class ContinuousSampler(Sampler):
             raise UserError(f"guidance_channels {self.guidance.channels} is not possible; the latents have {channels} channels")
         if self.config.scale_condition is not None and not generator.config.scale_conditioned:
             raise UserError("scale_condition is for scale-conditioned models, and this one is not; leave it out, or use guidance_scale")
+        if self.config.cache_interval > 1 and all(self._full_evaluations(generator)):
+            steps = f"all blocks run at the first and last {ENDS} evaluations and where guidance begins"
+            raise UserError(
+                f"cache_interval {self.config.cache_interval} leaves nothing out, since {steps}; raise num_steps, or set it to 1"
+            )
         if guide is not None:
             for name in ("path", "prediction", "time_input"):
                 if guide.config.get(name) != config[name]:
@@ -73,7 +81,33 @@ class ContinuousSampler(Sampler):
         evaluations = self.evaluations(generator)
         if evaluations is None:
             return None
-        return len(evaluations) + int((self._scales(generator, [decides for _, decides in evaluations]) != 1).sum())
+        return len(evaluations) + sum(self._guided(generator, evaluations))
+
+    def block_runs(self, generator: Any, guide: Any = None) -> tuple[int, int] | None:
+        """Blocks that one image runs in the network, conditional and base rows together, and how many it would without caching."""
+        evaluations = self.evaluations(generator)
+        if evaluations is None:
+            return None
+        depth, base = generator.config.depth, (generator if guide is None else guide).config.depth
+        runs = [depth + base * has_base for has_base in self._guided(generator, evaluations)]
+        return sum(n for n, is_full in zip(runs, self._full_evaluations(generator), strict=True) if is_full), sum(runs)
+
+    def cache_report(self, generator: Any, condition: Tensor, noise: ImageStreams, *, guide: Any = None) -> CacheReport:
+        """Draw a few images with block caching and without; the arguments are those of `sample`."""
+        runs = self.block_runs(generator, guide)
+        assert runs is not None  # methods whose evaluations are not known in advance refuse caching
+        plain = self.with_options(cache_interval=1)
+        latents, expected = (sampler.sample(generator, condition, noise, guide=guide) for sampler in (self, plain))
+        return CacheReport(runs[1] - runs[0], runs[1], relative_distances(latents, expected))
+
+    def _full_evaluations(self, generator: Any) -> list[bool]:
+        evaluations = self.evaluations(generator)
+        assert evaluations is not None
+        return full_evaluations(self._guided(generator, evaluations), self.config.cache_interval)
+
+    def _guided(self, generator: Any, evaluations: Sequence[tuple[float, float]]) -> list[bool]:
+        guided: list[bool] = (self._scales(generator, [decides for _, decides in evaluations]) != 1).tolist()
+        return guided
 
     def _scales(self, generator: Any, times: Sequence[float]) -> Tensor:
         from genvision.samplers.guided_network import frame_of
@@ -125,6 +159,7 @@ class ContinuousSampler(Sampler):
             rows=self.config.rows,
             times=[t for t, _ in evaluations] if evaluations is not None else (),
             memory=self.memory,
+            cache=BlockCache(self._full_evaluations(generator)) if self.config.cache_interval > 1 else None,
         )
         device = torch.device(generator.device)
         # solvers add many small steps: their state is float64 wherever the device has it, and the network gets its own type

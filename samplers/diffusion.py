@@ -45,6 +45,8 @@ class DiffusionSampler(ContinuousSampler, SchedulerMixin):
         apg_momentum: of differences.
         scale_condition: guidance scale that a scale-conditioned model is told.
         rows: conditional and null rows `together` in one batch, or `apart`.
+        cache_interval: run the blocks at every so many network calls only, and guess what they add at the others; 1 is off. It changes
+            images: see genvision.samplers.block_cache.
     """
 
     @register_to_config
@@ -68,6 +70,7 @@ class DiffusionSampler(ContinuousSampler, SchedulerMixin):
         apg_momentum: float = 0.0,
         scale_condition: float | None = None,
         rows: str = "together",
+        cache_interval: int = 1,
     ) -> None:
         for name, value, choices in (("method", method, Method), ("spacing", spacing, Spacing), ("threshold", threshold, Threshold)):
             if value not in get_args(choices):

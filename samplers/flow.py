@@ -64,6 +64,8 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
         apg_momentum: of the differences, from one network call to the next; not with dopri5.
         scale_condition: guidance scale that a scale-conditioned model is told.
         rows: conditional and null rows `together` in one batch, or `apart`.
+        cache_interval: run the blocks at every so many network calls only, and guess what they add at the others; 1 is off. It changes
+            images: see genvision.samplers.block_cache.
     """
 
     @register_to_config
@@ -88,6 +90,7 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
         apg_momentum: float = 0.0,
         scale_condition: float | None = None,
         rows: str = "together",
+        cache_interval: int = 1,
     ) -> None:
         for name, value, choices in (("method", method, Method), ("diffusion", diffusion, Diffusion)):
             if value not in get_args(choices):
@@ -107,6 +110,8 @@ class FlowSampler(ContinuousSampler, SchedulerMixin):
             raise UserError(f"rtol {rtol} and atol {atol} must be above 0")
         if method == "dopri5" and (time_shift != 1 or apg_momentum):
             raise UserError("dopri5 chooses its own times and tries some of them twice; time_shift must be 1 and apg_momentum 0")
+        if method == "dopri5" and cache_interval != 1:
+            raise UserError(f"cache_interval {cache_interval}: dopri5 tells errors by all its network calls; choose 1, or another method")
         self._prepare()
 
     def check(self, generator: Any, guide: Any = None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from genvision.errors import UserError
 from genvision.objectives.gaussian import GaussianDiffusion
 from genvision.objectives.paths import Flow
+from genvision.samplers.block_cache import BlockCache, RunBlocks
 from genvision.samplers.guidance import Guidance, combine
 from genvision.samplers.modulation import Condition, LabelledNetwork, ModulationTables
 from genvision.samplers.projected_guidance import ProjectedGuidance
@@ -104,6 +105,7 @@ class GuidedNetwork:
         rows: `together`, or `apart` where memory is scarce; running out of memory once changes to `apart` for the rest of the job.
         times: the t of all calls to come, where they are known; enables tables of modulation.
         memory: of the job.
+        cache: of the batch; then all images must be at one time, and either all are guided or none.
     """
 
     def __init__(
@@ -117,12 +119,13 @@ class GuidedNetwork:
         rows: Rows = "together",
         times: Sequence[float] = (),
         memory: JobMemory | None = None,
+        cache: BlockCache | None = None,
     ) -> None:
         self.frame = frame_of(generator)
         self.calls = torch.zeros(len(labels), dtype=torch.int64)
         """Evaluations that each image cost so far; a conditional and a base row count one each. int64 [B]."""
         self._guidance, self._rows, self._memory = guidance, rows, memory if memory is not None else JobMemory()
-        self._channels = generator.code_shape[0]
+        self._channels, self._cache = generator.code_shape[0], cache
         self._projected = (
             ProjectedGuidance(guidance.apg_eta, guidance.apg_norm, guidance.apg_momentum) if guidance.method == "apg" else None
         )
@@ -163,8 +166,10 @@ class GuidedNetwork:
         self.calls[images] += 1
         self.calls[images[guided]] += 1
         times = self.frame.network_time(t)
+        if self._cache is not None:
+            self._cache.begin(float(t[0]))
         if not len(guided):
-            return self._network(x, times, places).to(x.dtype)
+            return self._network(x, times, places, self._run_blocks(conditional=len(x))).to(x.dtype)
         output, base = self._both(x, times, places, guided)
         some = guided.to(x.device) if len(guided) < len(t) else slice(None)
         return self._guide(x, t, images, scales[guided].to(x.device, x.dtype), guided, some, output.to(x.dtype), base.to(x.dtype))
@@ -174,16 +179,22 @@ class GuidedNetwork:
         some = guided.to(x.device)
         whole = len(guided) == len(times)
         x_base, t_base = (x, times) if whole else (x[some], times[guided])
+        run, run_base = self._run_blocks(conditional=len(x)), self._run_blocks(base=len(guided))
         if self._base is not None:
-            return self._network(x, times, places), self._base(x_base, t_base, places if whole else places[some])
+            return self._network(x, times, places, run), self._base(x_base, t_base, places if whole else places[some], run_base)
         null_places = torch.full_like(some, self._null_place)
         if self._rows == "together" and not self._memory.apart:
             try:
-                both = self._network(torch.cat([x, x_base]), torch.cat([times, t_base]), torch.cat([places, null_places]))
+                run_both = self._run_blocks(conditional=len(x), base=len(guided))
+                rows = torch.cat([x, x_base]), torch.cat([times, t_base]), torch.cat([places, null_places])
+                both = self._network(*rows, run_both)
                 return both[: len(x)], both[len(x) :]
             except torch.OutOfMemoryError:
                 self._memory.apart = True
-        return self._network(x, times, places), self._network(x_base, t_base, null_places)
+        return self._network(x, times, places, run), self._network(x_base, t_base, null_places, run_base)
+
+    def _run_blocks(self, **rows: int) -> RunBlocks | None:
+        return None if self._cache is None else self._cache.run_blocks(rows)
 
     def _guide(
         self, x: Tensor, t: Tensor, images: Tensor, scales: Tensor, guided: Tensor, some: Tensor | slice, output: Tensor, base: Tensor

@@ -15,9 +15,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from genvision.errors import UserError
+from genvision.kernels.draw import filter_logits
 from genvision.models.masked import MaskedGenerator
 from genvision.objectives.mask_schedules import check_schedule, masked_after_steps
-from genvision.samplers.autoregressive import filter_logits
 from genvision.samplers.base import Sampler, check_labels
 from genvision.samplers.guidance import Guidance
 from genvision.samplers.masked_network import MaskedNetwork, Step

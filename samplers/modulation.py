@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from genvision.samplers.block_cache import RunBlocks
+
 Condition = tuple[int, float | None]
 """A label, and the guidance scale that a scale-conditioned model is told."""
 
@@ -112,18 +114,21 @@ class LabelledNetwork:
         self._steps = {time: step for step, time in enumerate(distinct)}
         self._latest: tuple[float, Tensor] | None = None
 
-    def __call__(self, x: Tensor, times: Tensor, places: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, times: Tensor, places: Tensor, run_blocks: RunBlocks | None = None) -> Tensor:
         """The network's output for R rows, [R, out_channels, ...], in its own type.
 
         Args:
             x: [R, c, ...].
             times: what the network is told, float64 [R] on the CPU.
             places: which condition each row has, int64 [R] on the generator's device.
+            run_blocks: what to do in place of running all blocks.
         """
         t = times.to(self._time_type).to(x.device, non_blocking=True)
         rows = self._rows(times, places)
         scales = None if self._scales is None else self._scales[places]
-        options = {} if rows is None else {"modulation": rows}
+        options: dict[str, Any] = {} if rows is None else {"modulation": rows}
+        if run_blocks is not None:
+            options["run_blocks"] = run_blocks
         output: Tensor = self.generator(x.to(self._dtype), t, self._labels[places], scale=scales, **options)
         return output
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genvision.samplers.autoregressive import draw
+from genvision.kernels.draw import draw
 from genvision.samplers.randomness import ImageStreams
 from genvision.streams import Purpose
 

@@ -14,9 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
-from genvision.cli import main
+from genvision.cli import COMMANDS, main
 from genvision.config import MODELS, recipe_path
 from genvision.convert import load_official
+from genvision.jobs.quantize_report import GRADES
+from genvision.layers.packed_storage import DESCRIPTION, TENSORS
 from genvision.models.dit import DiT
 from genvision.models.mage import MAGE
 from genvision.models.maskgit import MaskGIT
@@ -46,6 +48,7 @@ PAGE = (DOCS / "tokenizers.md").read_text()
 DIFFUSION = (DOCS / "diffusion.md").read_text()
 MASKED = (DOCS / "masked.md").read_text()
 REPRESENTATION = (DOCS / "representation.md").read_text()
+QUANTIZATION = (DOCS / "quantization.md").read_text()
 TINY = {
     "vq/vq_folder64.yaml": "--train.num_steps 2 --train.batch_size 4 --model.base_channels 8 --data.num_workers 0",
     "vitok/vitok_cifar10.yaml": "--train.num_steps 2 --train.batch_size 4 --model.encoder_depth 1 --data.num_workers 0",
@@ -54,6 +57,9 @@ TINY = {
     "maskgit/maskgit_digits.yaml": "--train.num_steps 2 --train.batch_size 8 --model.depth 1 --sampler.num_steps 4",
     "maskgit/magnets_digits.yaml": "--train.num_steps 2 --train.batch_size 8 --model.depth 1",
     "mage/mage_digits.yaml": "--train.num_steps 2 --train.batch_size 8 --model.depth 1 --model.decoder_depth 1",
+    "llamagen/llamagen_digits_ternary.yaml": "--train.num_steps 2 --train.batch_size 8 --model.depth 1 --ternary.warmup_steps 1",
+    "quantize": "--num 8",
+    "--distill-steps": "--distill-steps 2 --distill-images 8",
     "probe": "--num-train 200 --num-test 40 --workers 0 --mage-epochs 2",
     "runs/probe": "--probe knn",
     "--labels-per-class": "--probe knn",
@@ -200,6 +206,28 @@ def test_the_commands_and_the_code_for_representations_run(tiny_model, tmp_path,
     capsys.readouterr()
     exec(code(REPRESENTATION, "python"), {})
     assert capsys.readouterr().out.strip() in [str(digit) for digit in range(10)]
+
+
+def test_the_commands_and_the_code_for_rounded_weights_run(tiny_model, tiny_tokenizer, tiny_codes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "runs/model")
+    shutil.copytree(tiny_tokenizer, "runs/vq_digits/model")
+    shutil.copytree(tiny_codes, "runs/codes_digits")
+    assert run_all(QUANTIZATION) == ["quantize", "sample", "quantize", "sample", "train", "quantize"]
+    assert {"int8.png", "ternary.png", "trained_ternary"} <= {path.name for path in Path("runs").iterdir()}
+    capsys.readouterr()
+    exec(code(QUANTIZATION, "python"), {})
+    assert capsys.readouterr().out.strip() == "4 float32"
+
+
+def test_the_page_on_rounded_weights_names_grades_and_files_that_there_are():
+    assert [bound for bound, _ in GRADES][:3] == [0.001, 0.01, 0.1] and "below 0.001, 0.01 and 0.1" in QUANTIZATION
+    assert all(name in QUANTIZATION.lower() for _, name in GRADES)
+    for file in re.findall(r"`(genvision/[\w/]+\.py)`", QUANTIZATION):
+        assert (DOCS.parent / file).is_file()
+    assert f"`{TENSORS}`" in QUANTIZATION and f"`{DESCRIPTION}`" in QUANTIZATION
+    for option in set(re.findall(r"`--([a-z-]+)", QUANTIZATION)) - {"dtype"}:
+        assert option.replace("-", "_") in signature(COMMANDS["quantize"]).parameters, option
 
 
 @pytest.mark.parametrize(

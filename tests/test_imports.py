@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenizers", "genvision", "samplers", "eval")
 GROUND = {"layers", "kernels", "images", "errors", "processes", "progress", "streams", "user_cache", "weights"}
-ABOVE = {"cli", "pipeline", "demo", "jobs", "card", "config", "presets", "__main__"}
+ABOVE = {"cli", "pipeline", "demo", "jobs", "bench", "card", "config", "presets", "__main__"}
 """Within genvision/: what every stage may use and what uses none; and what stands above all four stages."""
 
 MODULES = sorted(

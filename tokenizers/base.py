@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from genvision.errors import UserError
+from genvision.layers.packed_storage import is_packed, load_packed
 
 TOKENIZERS: dict[str, str] = {
     "VQTokenizer": "genvision.tokenizers.vq",
@@ -236,6 +237,8 @@ def load_component(folder: Path, registry: dict[str, str], kind: str) -> Any:
     try:
         if name == "AutoencoderKL":  # a folder of diffusers itself
             module = defined_in.KLTokenizer.from_diffusers(folder)
+        elif is_packed(folder):
+            module = load_packed(getattr(defined_in, name), folder)
         else:
             module = getattr(defined_in, name).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise many types; whatever it is, these files cannot be used

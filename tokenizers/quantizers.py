@@ -65,7 +65,7 @@ class VectorQuantizer(Quantizer):
         self.update, self.ema_decay, self.gradient = update, ema_decay, gradient
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
-        if l2_norm:
+        if l2_norm and not self.embedding.weight.is_meta:  # a norm without values would import torch's compiler
             self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
         if update == "ema":
             self.embedding.weight.requires_grad_(False)

@@ -12,6 +12,7 @@ from genvision.errors import UserError
 from genvision.images import Rounding, to_uint8
 from genvision.jobs.image_writers import FolderWriter, open_writer
 from genvision.jobs.output import check_one_process
+from genvision.jobs.output_queue import OutputQueue
 from genvision.processes import choose_device
 from genvision.progress import Progress
 from genvision.tokenizers.base import content_hash, load_tokenizer
@@ -63,12 +64,12 @@ def decode_encoded(
     chunks = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
     todo = [chunk for chunk in chunks if not writer.has(chunk)]
     progress = Progress(sum(map(len, todo)), "decode")
-    for chunk in todo:
-        codes = data.codes(wanted.places[chunk.start : chunk.stop], np.full(len(chunk), view))
-        with torch.inference_mode():
-            images = network.decode(codes.to(network.device))
-        writer.write(chunk, to_uint8(images, rounding))
-        progress.advance(len(chunk))
+    with OutputQueue(writer, progress.advance) as queue:
+        for chunk in todo:
+            codes = data.codes(wanted.places[chunk.start : chunk.stop], np.full(len(chunk), view))
+            with torch.inference_mode():
+                images = network.decode(codes.to(network.device))
+            queue.put(chunk, to_uint8(images, rounding))
     progress.close()
     writer.finish(chunks)
     return wanted.places

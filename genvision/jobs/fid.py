@@ -9,6 +9,7 @@ in an order drawn from the seed, so that no score sees them sorted by class.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from genvision.eval.report import write_json
 from genvision.eval.result import EvaluationResult
 from genvision.eval.scores import SetFacts
 from genvision.jobs.image_writers import FolderWriter
+from genvision.jobs.output_queue import OutputQueue
 from genvision.jobs.sample import SampleRequest, describe, open_job
 from genvision.pipeline import ImagePipeline
 from genvision.processes import process_state
@@ -71,7 +73,7 @@ def fid_from_folder(
     Raises:
         UserError: see `open_job`, `plan_evaluation` and `fid`.
     """
-    pipeline, request = open_job(model, **sampling)
+    pipeline, request = open_job(model, batch_size=batch_size, **sampling)
     sampled = SampledSet(pipeline=pipeline, request=request, model=str(model))
     return fid(sampled, plan_sampled(sampled, reference, options), out, batch_size=batch_size, keep=keep, page=page)
 
@@ -161,17 +163,18 @@ def _draw_all(
     share = everything[state.process_index :: state.num_processes]
     measurement, calls = plan.measurement(), 0
     progress = Progress(sum(map(len, share)), "sampling and scoring", show=plan.options.show_progress and state.is_main_process)
-    for chunk in share:
-        rows = chunks.load(chunk, plan.rows, made_by) if images is None or images.has(chunk) else None
-        if rows is None:
-            drawn, cost = sampled.draw(chunk)
-            if images is not None:
-                images.write(chunk, drawn)
-            rows = {**plan.networks.rows(drawn, plan.rows), "hashes": hash_images(drawn), CALLS: cost}
-            chunks.store(chunk, rows, made_by)
-        calls += int(rows.pop(CALLS).sum())
-        measurement.add(np.arange(chunk.start, chunk.stop), rows, rows["hashes"])
-        progress.advance(len(chunk))
+    with OutputQueue(images, lambda num: None) if images is not None else nullcontext() as queue:
+        for chunk in share:
+            rows = chunks.load(chunk, plan.rows, made_by) if images is None or images.has(chunk) else None
+            if rows is None:
+                drawn, cost = sampled.draw(chunk)
+                if queue is not None:
+                    queue.put(chunk, drawn)
+                rows = {**plan.networks.rows(drawn, plan.rows), "hashes": hash_images(drawn), CALLS: cost}
+                chunks.store(chunk, rows, made_by)
+            calls += int(rows.pop(CALLS).sum())
+            measurement.add(np.arange(chunk.start, chunk.stop), rows, rows["hashes"])
+            progress.advance(len(chunk))
     progress.close()
     state.wait_for_everyone()
     if images is not None and state.is_main_process:

@@ -3,7 +3,8 @@
 import glob
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,12 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
+def _check_kept(folder: Path) -> None:
+    """Raises UserError if what `prepare` made is there no more: a new folder would hold a part of the images and no description."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: was removed while the job wrote into it; run the same command again")
+
+
 class FolderWriter:
     """`000000.png`, `000001.png`, ... with `labels.json` and `job.json`."""
 
@@ -88,10 +95,20 @@ class FolderWriter:
         return all(self._path(i).is_file() for i in chunk)
 
     def write(self, chunk: range, images: np.ndarray) -> None:
-        for i, image in zip(chunk, images, strict=True):
-            save_png(image, self._path(i))
+        for write in self.files(chunk, images):
+            write()
+
+    def files(self, chunk: range, images: np.ndarray) -> list[Callable[[], None]]:
+        """What writes each file of a chunk; in any order, on any thread."""
+        return [partial(self._save, i, image) for i, image in zip(chunk, images, strict=True)]
+
+    def _save(self, index: int, image: np.ndarray) -> None:
+        _check_kept(self.out)
+        save_png(image, self._path(index))
 
     def finish(self, chunks: list[range]) -> None:
+        if not all(map(self.has, chunks)):
+            raise UserError(f"{self.out}: images that were written are gone; run the same command again")
         labels = self.request.labels_of(range(self.request.num)).tolist()
         content = {"label_names": self.label_names, "labels": {self._path(i).name: label for i, label in enumerate(labels)}}
         write_atomically(self.out / "labels.json", json.dumps(content) + "\n")
@@ -120,14 +137,21 @@ class FileWriter:
         return self.out.exists() or self._path(chunk).is_file()
 
     def write(self, chunk: range, images: np.ndarray) -> None:
+        _check_kept(self.parts)
         part = self._path(chunk).with_suffix(".part")
         with part.open("wb") as file:
             np.save(file, images)
         part.replace(self._path(chunk))
 
+    def files(self, chunk: range, images: np.ndarray) -> list[Callable[[], None]]:
+        """What writes the one file of a chunk."""
+        return [partial(self.write, chunk, images)]
+
     def finish(self, chunks: list[range]) -> None:
         if self.out.exists():
             return
+        if not all(map(self.has, chunks)):
+            raise UserError(f"{self.parts}: images that were written are gone; run the same command again")
         images = np.concatenate([np.load(self._path(chunk), allow_pickle=False) for chunk in chunks])
         labels = self.request.labels_of(range(self.request.num)).numpy()
         if self.out.suffix == ".npz":

@@ -15,17 +15,21 @@ from torch import Tensor
 
 from genvision.errors import UserError
 from genvision.images import Rounding
+from genvision.jobs.draw_ahead import draw_batches
 from genvision.jobs.image_writers import open_writer
 from genvision.jobs.known_tokens import known_tokens
+from genvision.jobs.output_queue import OutputQueue
+from genvision.kernels.linear import Weights
 from genvision.pipeline import ImagePipeline
-from genvision.processes import process_state
+from genvision.processes import fit_threads, process_state
 from genvision.progress import Progress
 from genvision.samplers.guidance import llamagen_stop
-from genvision.samplers.randomness import draw_labels
+from genvision.samplers.randomness import ImageStreams, draw_labels
 from genvision.streams import MAX_SEED
-from genvision.tokenizers.base import content_hash
 
 LabelLaw = Literal["balanced", "random"]
+CHECKED_IMAGES = 4
+"""Drawn again without block caching."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +90,16 @@ def sample(
     chunks = [range(start, min(start + batch_size, request.num)) for start in range(0, request.num, batch_size)]
     mine = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not writer.has(chunk)]
     progress = Progress(sum(map(len, mine)), "sampling", show=state.is_main_process)
-    for chunk in mine:
-        rows = known.expand(len(chunk), *known.shape) if known is not None else None
-        output = pipeline(
-            request.labels_of(chunk), seed=request.seed, indices=chunk, known=rows, output_type="np", rounding=request.rounding
-        )
-        writer.write(chunk, output.images)
-        progress.advance(len(chunk))
+    with OutputQueue(writer, progress.advance) as queue:
+        for chunk, images in draw_batches(pipeline, request, mine, known):
+            queue.put(chunk, images)
     progress.close()
     state.wait_for_everyone()
     if state.is_main_process:
         writer.finish(chunks)
         if known is None:
             _print_cost(pipeline)
+            _print_cache_error(pipeline, request)
     state.wait_for_everyone()
 
 
@@ -109,6 +110,16 @@ def _print_cost(pipeline: ImagePipeline) -> None:
         gflops = 2 * multiply_adds / 1e9
         shown = f"{gflops:,.2f}" if gflops >= 1 else f"{gflops:.2g}"
         print(f"{calls} network calls, {shown} GFLOPs an image", file=sys.stderr, flush=True)
+
+
+def _print_cache_error(pipeline: ImagePipeline, request: SampleRequest) -> None:
+    """What block caching changes in the first images of the job, which are drawn once more with it and without."""
+    sampler = pipeline.sampler
+    if sampler.config.get("cache_interval", 1) == 1:
+        return
+    images = range(min(CHECKED_IMAGES, request.num))
+    noise, labels = ImageStreams(request.seed, images), request.labels_of(images).to(pipeline.device)
+    print(sampler.cache_report(pipeline.generator, labels, noise, guide=pipeline.guide), file=sys.stderr, flush=True)
 
 
 def sample_from_folder(
@@ -132,9 +143,7 @@ def sample_from_folder(
     Raises:
         UserError: the folder is no model, a class is unknown, an option or a picture is impossible, or `out` is occupied.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    pipeline, request = open_job(model, **options)
+    pipeline, request = open_job(model, batch_size=batch_size, **options)
     known = known_tokens(pipeline, complete=complete, keep=keep, init=init, mask=mask)
     sample(pipeline, request, out, batch_size=batch_size, known=known)
 
@@ -152,6 +161,8 @@ def open_job(
     cfg_interval: int | None = None,
     guide: Path | None = None,
     dtype: str = "float32",
+    weights: Weights = "float32",
+    batch_size: int = 1,
 ) -> tuple[ImagePipeline, SampleRequest]:
     """The pipeline with its sampler set as asked for, and the images that are wanted of it.
 
@@ -162,10 +173,15 @@ def open_job(
         cfg_interval: the same in LlamaGen's terms.
         guide: folder of a weaker model to guide with (autoguidance).
         dtype: of the generator.
+        weights: see `ImagePipeline.prepare`; the pipeline is on its device and prepared.
+        batch_size: images at a time.
 
     Raises:
         UserError: the folder is no model, a class is unknown, or an option is impossible.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    fit_threads()
     pipeline = ImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
     if classes != "all" and pipeline.generator.is_unconditional:
         raise UserError("--classes: this model is unconditional, so labels make no difference; leave it out")
@@ -186,6 +202,7 @@ def open_job(
         pipeline.guide = ImagePipeline.from_pretrained(guide, torch_dtype=getattr(torch, dtype)).generator
     pipeline.sampler = pipeline.sampler.with_options(**options)
     pipeline.sampler.check(pipeline.generator, pipeline.guide)
+    pipeline.to(process_state().device).prepare(weights, batch_size=batch_size)
     return pipeline, SampleRequest(num=num, classes=tuple(chosen), seed=seed, labels=labels, rounding=rounding)
 
 
@@ -199,10 +216,13 @@ def describe(pipeline: ImagePipeline, request: SampleRequest, known: Tensor | No
         "seed": request.seed,
         "rounding": request.rounding,
         "sampler": {"name": type(pipeline.sampler).__name__, **options},
-        "generator_hash": content_hash(pipeline.generator),
-        "tokenizer_hash": content_hash(pipeline.tokenizer),
+        **{f"{name}_hash": value for name, value in pipeline.hashes().items()},
         "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
         "network_calls": pipeline.sampler.network_calls(pipeline.generator),
         "known": known.flatten().tolist() if known is not None else None,
     }
-    return facts if pipeline.guide is None else facts | {"guide_hash": content_hash(pipeline.guide)}
+    if pipeline.sampler.config.get("cache_interval", 1) != 1:
+        facts["block_runs"] = list(pipeline.sampler.block_runs(pipeline.generator, pipeline.guide))
+    if pipeline.weights != "float32":
+        facts["weights"] = pipeline.weights
+    return facts

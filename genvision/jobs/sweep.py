@@ -94,7 +94,7 @@ def sweep(
         raise UserError("nothing to try; give values for an option of the sampler, for example --guidance 1.25:2.5:0.25")
     if len(combinations) > MAX_SETTINGS:
         raise UserError(f"{len(combinations):,} settings are too many; try at most {MAX_SETTINGS} at a time")
-    pipeline, request = open_job(model, **sampling)
+    pipeline, request = open_job(model, batch_size=batch_size, **sampling)
     base = pipeline.sampler
     settings = [dict(zip(names, values, strict=True)) for values in combinations]
     for setting in settings:  # every impossible value is refused before the first image

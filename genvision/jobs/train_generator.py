@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from genvision.images import make_grid, save_png
 from genvision.jobs.online_scores import OnlineScores
 from genvision.jobs.train_data import data_hashes, held_out_batches, held_out_images, image_dataset
 from genvision.jobs.train_start import start_weights
+from genvision.layers.ternarize import plain_linears
 from genvision.objectives.base import Objective
 from genvision.pipeline import ImagePipeline
 from genvision.samplers.base import Sampler
@@ -25,6 +27,8 @@ from genvision.training import rng
 from genvision.training.config import ScoresConfig, TrainConfig
 from genvision.training.generator_stage import GeneratorStage
 from genvision.training.lora import merge_lora, save_adapter
+from genvision.training.ternary import make_ternary
+from genvision.training.ternary_stage import TernaryStage
 from genvision.training.throughput import training_flops
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 8, 10
@@ -68,7 +72,11 @@ class GeneratorJob:
         if self.model.is_unconditional:
             self.label_names = [UNCONDITIONAL]
         start_weights(config, self.model, label_names=self.label_names, tokenizer=self.tokenizer)
-        self.has_adapters = bool(config.lora.rank)
+        self.has_adapters, self.is_ternary = bool(config.lora.rank), config.ternary.is_on
+        stage: Callable[..., GeneratorStage] = GeneratorStage
+        if self.is_ternary:
+            make_ternary(self.model, config.ternary, config.loss)
+            stage = partial(TernaryStage, ternary=config.ternary)
         _check_views(config)
         scale = self.sampler.config["guidance_scale"]
         if scale != 1 and not self.model.has_null_label:
@@ -79,7 +87,7 @@ class GeneratorJob:
         self.sampler.check(self.model)
         if objective.needs_average and not config.train.ema_decays:
             raise UserError("loss.guidance is made with the average of the weights, but train.ema_decays is empty; give it one, 0.9999 say")
-        self.stage = GeneratorStage(
+        self.stage = stage(
             self.model,
             objective,
             self.tokenizer,
@@ -115,6 +123,9 @@ class GeneratorJob:
             except UserError as error:  # the merged model holds all of it
                 print(f"warning: {error}", file=sys.stderr, flush=True)
             merge_lora(model)
+        if self.is_ternary:
+            plain_linears(model)
+            provenance["ternary"] = self.config.ternary.summary
         self.pipeline(model).save_pretrained(folder, {"trained_on": provenance.pop("data"), **provenance})
 
     def flops_per_sample(self) -> float:

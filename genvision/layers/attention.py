@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genvision.kernels.attention import attention
+from genvision.kernels.decode import decode_attention
 from genvision.layers.rotary import rotate
 
 Cache = TypeVar("Cache", bound="KVCache")
@@ -33,6 +34,7 @@ class KVCache:
         self.keys = torch.empty(depth, rows, num_heads, length, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.filled = 0
+        self.place: Tensor | None = None  # `filled` on the device, where a captured step reads it: int32 [1]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, G, N, D] behind what is there; returns all keys and values so far, [B, G, M + N, D]."""
@@ -44,6 +46,7 @@ class KVCache:
     def first_rows(self: Cache, rows: int) -> Cache:
         """The same memory, seen through its first rows."""
         part = copy(self)
+        part.place = None
         part.keys, part.values = self.keys[:, :rows], self.values[:, :rows]
         return part
 
@@ -51,6 +54,7 @@ class KVCache:
         """A new cache with the rows of both; both must be filled equally far."""
         assert self.filled == other.filled
         both = copy(self)
+        both.place = None
         both.keys, both.values = torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1)
         return both
 
@@ -104,3 +108,13 @@ class Attention(nn.Module):
             q, k, v, mask=mask, is_causal=mask is None and q.shape[2] > 1, dropout=self.attention_dropout if self.training else 0.0
         )  # [B, H, N, D]
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def step(self, x: Tensor, cache: KVCache, layer: int, rotary: Tensor | None = None) -> Tensor:
+        """One new position of each row, x [B, C], behind what the cache holds, without gradients; rotary is the whole table."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, H + 2G, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+            heads = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
+        place = cache.filled if cache.place is None else cache.place
+        out = decode_attention(heads, cache.keys[layer], cache.values[layer], place, rotary=rotary)  # [B, H, D]
+        return self.proj(out.flatten(1))

@@ -74,12 +74,21 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 class PackedSwiGLU(nn.Module):
-    """down(silu(a) * b) with [a | b] = gate_up(x), biases in both, as DINOv2 and LightningDiT have it."""
+    """down(silu(a) * b) with [a | b] = gate_up(x), with biases in both as DINOv2 and LightningDiT have it."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim)
-        self.down = nn.Linear(hidden_dim, dim)
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+
+    @classmethod
+    def joined(cls, mlp: SwiGLU) -> "PackedSwiGLU":
+        """The same function for inference with two products instead of three."""
+        with torch.device("meta"):
+            packed = cls(mlp.gate.in_features, mlp.gate.out_features, bias=False)
+        packed.gate_up.weight = nn.Parameter(torch.cat([mlp.gate.weight, mlp.up.weight]).detach(), requires_grad=False)
+        packed.down = mlp.down
+        return packed
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

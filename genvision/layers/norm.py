@@ -1,8 +1,11 @@
 """Normalisation layers."""
 
+from typing import Literal, NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from genvision.kernels.modulate import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -14,4 +17,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+class NormOptions(NamedTuple):
+    """What a norm does, for kernels that do it in passing."""
+
+    kind: Literal["layer", "rms"] | None
+    """None for no norm at all."""
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def norm_options(norm: nn.Module | None) -> NormOptions | None:
+    """None for a module that kernels do not know, such as a layer that an adapter wraps."""
+    if norm is None:
+        return NormOptions(None, None, None, 0.0)
+    if isinstance(norm, RMSNorm):
+        return NormOptions("rms", norm.weight, None, norm.eps)
+    return NormOptions("layer", norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else None

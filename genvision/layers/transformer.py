@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from genvision.kernels.attention import attention
+from genvision.kernels.backends import fuses, needs_gradient
 from genvision.layers.checkpointing import Trunk
 from genvision.layers.mlp import GEGLU
+from genvision.layers.norm import norm_options
 from genvision.layers.rotary import rotate_rows
 
 
@@ -36,6 +38,21 @@ class SelfAttention(nn.Module):
         """x [B, N, C]; rotary as `rotate_rows` takes it."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, N, 3H, D]
         q_and_k, v = heads.split([2 * self.num_heads, self.num_heads], dim=2)
+        if self.q_norm is not None or rotary is not None:
+            q_and_k = self._prepared(q_and_k, rotary)
+        q, k = q_and_k.chunk(2, dim=2)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, N, D]
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _prepared(self, q_and_k: Tensor, rotary: Tensor | None) -> Tensor:
+        """Normalised and turned, [B, N, 2H, D]; in one pass where a kernel of ours does it."""
+        if fuses(q_and_k, rotary):
+            q_norm, k_norm = norm_options(self.q_norm), norm_options(self.k_norm)
+            if q_norm and k_norm and not needs_gradient(q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias):
+                from genvision.kernels.triton_attention import prepare_heads
+
+                weights = {"q_weight": q_norm.weight, "q_bias": q_norm.bias, "k_weight": k_norm.weight, "k_bias": k_norm.bias}
+                return prepare_heads(q_and_k, rotary, kind=q_norm.kind, eps=q_norm.eps, **weights)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = q_and_k.chunk(2, dim=2)
             q_and_k = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
@@ -43,9 +60,7 @@ class SelfAttention(nn.Module):
             if rotary.dim() == 4:  # a head's query and key turn alike
                 rotary = rotary.repeat(2, 1, 1, 1)
             q_and_k = rotate_rows(q_and_k, rotary)
-        q, k = q_and_k.chunk(2, dim=2)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, N, D]
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return q_and_k
 
 
 class TransformerBlock(nn.Module):

@@ -3,7 +3,7 @@
 Shapes: B images, latents [B, c, h, w] (or [B, c, L]), N tokens of width C, R rows of conditions, M modulation values a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from genvision.errors import UserError, check_sizes
 from genvision.layers.checkpointing import Trunk
 from genvision.layers.embed import LabelEmbedding, TimeEmbedding, grid_positions, sincos_table
 from genvision.layers.mlp import MLP, PackedSwiGLU
-from genvision.layers.modulation import add_gated, modulate
+from genvision.layers.modulation import add_gated, gated_then_modulated, modulated
 from genvision.layers.norm import RMSNorm
 from genvision.layers.patches import PatchEmbed
 from genvision.layers.rotary import rotary_table
@@ -32,6 +32,9 @@ CHOICES = {
     "prediction": ("noise", "clean", "velocity", "score"),
     "time_input": ("step", "toward_noise", "toward_data"),
 }
+
+RunBlocks = Callable[[Callable[[int, Tensor], Tensor], int, Tensor], Tensor]
+"""(block number and tokens before it -> tokens behind it), number of blocks, tokens before the first -> tokens behind the last."""
 
 
 class DiT(Trunk, Generator, ModelMixin, ConfigMixin):
@@ -167,6 +170,7 @@ class DiT(Trunk, Generator, ModelMixin, ConfigMixin):
         drop: Tensor | None = None,
         scale: Tensor | None = None,
         modulation: Tensor | None = None,
+        run_blocks: RunBlocks | None = None,
         with_features: bool = False,
     ) -> Any:
         """The prediction for noisy latents.
@@ -178,13 +182,14 @@ class DiT(Trunk, Generator, ModelMixin, ConfigMixin):
             drop: boolean [B], whose label is replaced by the null one; None draws it in training.
             scale: [B], the guidance scale, only of scale-conditioned models.
             modulation: [B, M] from `modulation_rows`, which stands for t, labels, drop and scale.
+            run_blocks: what to do in place of running all blocks, for samplers (genvision.samplers.block_cache); not with features.
             with_features: give the projected hidden states behind block `align_depth`, too (REPA).
 
         Returns:
             [B, out_channels, ...]; with a learned variance its coefficients are the second half of the channels. With features, also a
             list of [B, N, Z], one for each projector.
         """
-        tokens, hidden = self._run(x, t, labels, drop, scale, modulation)
+        tokens, hidden = self._run(x, t, labels, drop, scale, modulation, run_blocks)
         output = self.unpatchify(tokens)
         return (output, [projector(hidden) for projector in self.projectors]) if with_features else output
 
@@ -237,7 +242,14 @@ class DiT(Trunk, Generator, ModelMixin, ConfigMixin):
         return self.patch_embed(x if x.dim() == 4 else x.unsqueeze(2)) + self.positions.to(x.dtype)
 
     def _run(
-        self, x: Tensor, t: Tensor, labels: Tensor, drop: Tensor | None, scale: Tensor | None, modulation: Tensor | None
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        drop: Tensor | None,
+        scale: Tensor | None,
+        modulation: Tensor | None,
+        run_blocks: RunBlocks | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Head outputs [B, N, ...], and hidden states where projectors need them."""
         hidden, blocks, depth = self._tokens(x), self.each_block(), self.config.align_depth
@@ -248,8 +260,12 @@ class DiT(Trunk, Generator, ModelMixin, ConfigMixin):
         def call(i: int, x: Tensor) -> Tensor:
             return blocks[i].conditioned(x, condition, self.rotary) if parts is None else blocks[i](x, parts[i], self.rotary)
 
-        hidden = aligned = self.run_blocks(call, depth, hidden)
-        hidden = self.run_blocks(lambda i, x: call(depth + i, x), len(blocks) - depth, hidden)
+        aligned = None
+        if run_blocks is not None:
+            hidden = run_blocks(call, len(blocks), hidden)
+        else:
+            hidden = aligned = self.run_blocks(call, depth, hidden)
+            hidden = self.run_blocks(lambda i, x: call(depth + i, x), len(blocks) - depth, hidden)
         return self.head(hidden, self.head.modulation(condition) if parts is None else parts[-1]), aligned if depth else None
 
     def _initialize(self) -> None:
@@ -309,8 +325,9 @@ class Block(nn.Module):
         else:
             shift1 = shift2 = None
             scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=1)
-        x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
-        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        branch = self.attn(modulated(self.norm1, x, shift1, scale1), rotary)
+        x, branch = gated_then_modulated(self.norm2, x, gate1, branch, shift2, scale2)
+        return add_gated(x, gate2, self.mlp(branch))
 
     def conditioned(self, x: Tensor, condition: Tensor, rotary: Tensor | None) -> Tensor:
         """The same from silu(c) [B, C]; the layer that makes the modulation is part of the call, as sharded weights need it."""
@@ -328,7 +345,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.chunk(2, dim=1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return self.linear(modulated(self.norm, x, shift, scale))
 
 
 class Projector(nn.Module):

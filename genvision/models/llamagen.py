@@ -6,6 +6,7 @@ text length for text), C width, V codebook entries.
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -203,8 +204,24 @@ class LlamaGen(Trunk, Generator, ModelMixin, ConfigMixin):
 
     def extend(self, codes: Tensor, cache: KVCache, condition_mask: Tensor | None = None) -> Tensor:
         """Read one more token of each row, int64 [B]; returns logits of the next, float32 [B, V]."""
-        mask = self._prefix_mask(condition_mask, cache.filled + 1)
-        return self._read(self.token_embed(codes).unsqueeze(1), cache, mask if mask is None else mask[:, :, -1:])
+        if condition_mask is not None:
+            mask = self._prefix_mask(condition_mask, cache.filled + 1)
+            assert mask is not None
+            return self._read(self.token_embed(codes).unsqueeze(1), cache, mask[:, :, -1:])
+        logits = self.step(cache, *self.step_inputs(codes, cache))
+        cache.filled += 1
+        return logits
+
+    def step_inputs(self, codes: Tensor, cache: KVCache) -> tuple[Tensor, ...]:
+        """What `step` reads of new tokens, int64 [B]."""
+        return (codes,)
+
+    def step(self, cache: KVCache, codes: Tensor) -> Tensor:
+        """`extend` but for its count of what is filled: the same operations on the same memory at every position, so it can be captured."""
+        x = self.token_embed(codes)  # [B, C]
+        for layer, block in enumerate(self.blocks):
+            x = cast(Block, block).step(x, self.rotary, cache, layer)
+        return self.head(self.norm(x)).float()
 
     def _read(self, x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
         end = cache.filled + x.shape[1]
@@ -225,7 +242,7 @@ class LlamaGen(Trunk, Generator, ModelMixin, ConfigMixin):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
-        self.rotary = self.rotary.to(self.head.weight.device)
+        self.rotary = self.rotary.to(self.token_embed.weight.device)
         return self
 
 
@@ -241,6 +258,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         x = x + self._thin(self.attention(self.norm1(x), rotary, mask, cache, layer))
         return x + self._thin(self.mlp(self.norm2(x)))
+
+    def step(self, x: Tensor, rotary: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """One new position of each row, x [B, C], without gradients; rotary is the whole table."""
+        x = x + self.attention.step(self.norm1(x), cache, layer, rotary)
+        return x + self.mlp(self.norm2(x))
 
     def _thin(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:

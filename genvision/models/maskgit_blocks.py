@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genvision.layers.mlp import gelu_tanh
-from genvision.layers.modulation import add_gated, modulate
+from genvision.layers.modulation import add_gated, gated_then_modulated, modulate, modulated
 from genvision.layers.nested import NestedAttention, NestedMLP, NestedSwiGLU, TokenCache
 from genvision.layers.norm import RMSNorm
 
@@ -77,9 +77,9 @@ class ModulatedBlock(nn.Module):
     ) -> Tensor:
         """See `PostNormBlock.forward`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
-        branch = self.attn(modulate(self.norm1(x), shift1, scale1), nesting=nesting, cache=cache, layer=layer, rows=rows)
-        x = add_gated(x, gate1, branch)
-        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2), nesting))
+        branch = self.attn(modulated(self.norm1, x, shift1, scale1), nesting=nesting, cache=cache, layer=layer, rows=rows)
+        x, branch = gated_then_modulated(self.norm2, x, gate1, branch, shift2, scale2)
+        return add_gated(x, gate2, self.mlp(branch, nesting))
 
     def multiply_adds(self, num_queries: int, num_keys: int, nesting: int) -> int:
         """Of one row, its modulation included."""

@@ -199,13 +199,25 @@ class RAR(Trunk, Generator, ModelMixin, ConfigMixin):
 
     def extend(self, codes: Tensor, cache: "ConditionedCache", condition_mask: None = None) -> Tensor:
         """Read one more token of each row, int64 [B]; returns logits of the next, float32 [B, K]."""
+        logits = self.step(cache, *self.step_inputs(codes, cache))
+        cache.filled += 1
+        return logits
+
+    def step_inputs(self, codes: Tensor, cache: "ConditionedCache") -> tuple[Tensor, ...]:
+        """What `step` reads of new tokens, int64 [B], and of their place: embeddings [B, C], modulations of the blocks [depth, B, 6 C] and
+        of the head [B, 2 C]."""
         place = cache.filled
         x = self.token_embed(codes) + self.position_table[place] + self.next_position_table[place - PREFIX + 1]
         if not cache.holds(place):
             stop = min(place + PLACES_AT_ONCE, PREFIX + self.num_tokens - 1)
             cache.hold(place, *self._modulations(self.label_embed.table(cache.each_label), place, stop))
-        of_blocks, of_head = cache.modulations(place)
-        return self._read(x.unsqueeze(1), list(of_blocks), of_head, cache)
+        return (x, *cache.modulations(place))
+
+    def step(self, cache: "ConditionedCache", x: Tensor, of_blocks: Tensor, of_head: Tensor) -> Tensor:
+        """`extend` but for its count of what is filled: the same operations on the same memory at every position, so it can be captured."""
+        for layer, (block, modulation) in enumerate(zip(self._each_block(), of_blocks, strict=True)):
+            x = block.step(x, modulation, cache, layer)
+        return self.head(x, of_head).float()
 
     def _read(self, x: Tensor, of_blocks: Sequence[Tensor], of_head: Tensor, cache: KVCache) -> Tensor:
         for layer, (block, modulation) in enumerate(zip(self._each_block(), of_blocks, strict=True)):
@@ -276,11 +288,10 @@ class ConditionedCache(KVCache):
         self.held = place, of_blocks, of_head
 
     def modulations(self, place: int) -> tuple[Tensor, Tensor]:
-        """Of the blocks, [depth, B, 1, M], and of the head, [B, 1, 2 C]."""
+        """Of the blocks, [depth, B, M], and of the head, [B, 2 C]."""
         assert self.held is not None
         start, of_blocks, of_head = self.held
-        each = slice(place - start, place - start + 1)
-        return of_blocks[:, :, each][:, self.row_label], of_head[:, each][self.row_label]
+        return of_blocks[:, self.row_label, place - start], of_head[self.row_label, place - start]
 
     def first_rows(self, rows: int) -> "ConditionedCache":
         part = super().first_rows(rows)
@@ -310,6 +321,12 @@ class Block(nn.Module):
             modulation = self.modulation(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x.addcmul(gate1, self.attention(shift1.addcmul(self.norm1(x), 1 + scale1), cache=cache, layer=layer))
+        return x.addcmul(gate2, self.mlp(shift2.addcmul(self.norm2(x), 1 + scale2)))
+
+    def step(self, x: Tensor, modulation: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """One new place of each row, x [B, C] and modulation [B, 6 C], without gradients."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = x.addcmul(gate1, self.attention.step(shift1.addcmul(self.norm1(x), 1 + scale1), cache, layer))
         return x.addcmul(gate2, self.mlp(shift2.addcmul(self.norm2(x), 1 + scale2)))
 
     def conditioned(self, x: Tensor, condition: Tensor) -> Tensor:

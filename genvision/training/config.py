@@ -6,6 +6,7 @@ from typing import Any, Literal
 from genvision.data.transforms import MIN_AREA, Crop
 from genvision.errors import UserError
 from genvision.training.lora import LoRAConfig
+from genvision.training.ternary import TernaryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +217,8 @@ class TrainConfig:
     genvision.training.warm_start."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Generator stage: adapters that are trained in place of the weights."""
+    ternary: TernaryConfig = field(default_factory=TernaryConfig)
+    """Generator stage: weights of -1, 0 and 1 times a scale, in the linear layers of all blocks."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Options of the stage's objective."""
     scores: ScoresConfig = ScoresConfig()
@@ -228,3 +231,6 @@ class TrainConfig:
             raise UserError(f"seed must lie in 0 .. 2^63 - 1, got {self.seed}")
         if self.stage == "tokenizer" and self.data.views != 1:
             raise UserError(f"data.views {self.data.views}: is for the contrastive loss of a generator; leave it at 1 for a tokenizer")
+        if self.ternary.is_on and (self.stage == "tokenizer" or self.lora.rank):
+            why = "is for generators" if self.stage == "tokenizer" else f"trains weights whole, lora.rank {self.lora.rank} does not"
+            raise UserError(f"ternary.measure {self.ternary.measure}: {why}; leave one of them out")

@@ -332,3 +332,44 @@ class TestCard:
         scope: dict = {}
         exec(code.replace("path/to/this/folder", str(folder)), scope)
         assert len(scope["images"]) == 4
+
+
+class TestPrepare:
+    """Weights laid out for drawing on a CPU."""
+
+    @pytest.mark.parametrize("weights", ["float32", "float16"])
+    def test_draws_the_images_of_the_pipeline_as_it_is(self, folder, weights):
+        plain, prepared = (ImagePipeline.from_pretrained(folder) for _ in range(2))
+        prepared.prepare(weights, batch_size=2)
+        assert [type(module).__name__ for module in prepared.generator.blocks[0].mlp.children()] == ["PackedLinear", "PackedLinear"]
+        drawn = [pipeline([0, 1], temperature=0.0, output_type="np").images for pipeline in (plain, prepared)]
+        assert np.array_equal(*drawn)
+        assert prepared.hashes() == plain.hashes()
+
+    def test_int8_moves_the_logits_a_little(self, folder):
+        plain, prepared = (ImagePipeline.from_pretrained(folder) for _ in range(2))
+        prepared.prepare("int8")
+        codes, labels = torch.randint(16, (2, 15)), torch.tensor([0, 3])
+        with torch.inference_mode():
+            expected, found = (pipeline.generator(codes, labels) for pipeline in (plain, prepared))
+        assert 1e-4 < (found - expected).norm() / expected.norm() < 0.05
+
+    def test_is_for_drawing_alone(self, pipeline, tmp_path):
+        pipeline.prepare(batch_size=4)
+        with pytest.raises(UserError, match="cannot be saved"):
+            pipeline.save_pretrained(tmp_path / "again")
+        with pytest.raises(UserError, match="cannot be moved"):
+            pipeline.to("meta")
+        assert pipeline.to("cpu") is pipeline
+
+    def test_refuses_what_it_cannot_round(self, folder):
+        with pytest.raises(UserError, match="weights 'int8' are made of float32 ones"):
+            ImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).prepare("int8")
+
+    def test_leaves_a_model_alone_that_does_not_draw_token_by_token(self, tiny_flow, tmp_path):
+        pipeline = ImagePipeline.from_pretrained(tiny_flow)
+        pipeline.prepare(batch_size=4).save_pretrained(tmp_path / "again")
+        before = pipeline([3], output_type="pt").images
+        pipeline.prepare("int8", batch_size=4)
+        after = pipeline([3], output_type="pt").images
+        assert 0 < (after - before).abs().max() < 0.2

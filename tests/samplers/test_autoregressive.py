@@ -3,8 +3,10 @@ import torch
 
 from genvision.convert import load_official
 from genvision.errors import UserError
+from genvision.kernels.draw import draw, draw_tokens
 from genvision.models.llamagen import LlamaGen
-from genvision.samplers.autoregressive import AutoregressiveSampler, draw, filter_logits
+from genvision.samplers import autoregressive
+from genvision.samplers.autoregressive import AutoregressiveSampler
 from genvision.samplers.guidance import llamagen_stop
 from genvision.samplers.randomness import ImageStreams
 from parity_fixtures import Fixture
@@ -44,6 +46,19 @@ class Recorder:
         return self.model.extend(codes, *rest)
 
 
+def guided_logits(monkeypatch):
+    """A list of what each token is drawn from, [B, V], that fills up while a sampler runs."""
+    seen = []
+
+    def watched(logits, uniform, *, guidance_scale, **options):
+        conditional, null = logits.chunk(2) if guidance_scale is not None else (logits, logits)
+        seen.append(null + (guidance_scale or 1) * (conditional - null))
+        return draw_tokens(logits, uniform, guidance_scale=guidance_scale, **options)
+
+    monkeypatch.setattr(autoregressive, "draw_tokens", watched)
+    return seen
+
+
 @pytest.mark.parametrize("setting", ["cfg1", "cfg4", "cfg4_interval5", "cfg1p5", "cfg4_interval0"])
 def test_greedy_tokens_equal_the_official_ones(setting, monkeypatch):
     fixture = Fixture("llamagen_generate")
@@ -51,9 +66,7 @@ def test_greedy_tokens_equal_the_official_ones(setting, monkeypatch):
     options = fixture.config["settings"][setting]
     stop = llamagen_stop(options.get("cfg_interval", -1), 16)
     sampler = AutoregressiveSampler(guidance_scale=options["cfg_scale"], guidance_stop=stop, temperature=0.0)
-    seen = []
-    choose = sampler._choose
-    monkeypatch.setattr(sampler, "_choose", lambda logits, u: (seen.append(logits), choose(logits, u))[1])
+    seen = guided_logits(monkeypatch)
     tokens = sampler.sample(model, fixture.inputs["labels"], ImageStreams(0, range(3)))
     assert torch.equal(tokens.flatten(1), fixture.outputs[f"{setting}/tokens"])
     torch.testing.assert_close(torch.stack(seen, 1), fixture.outputs[f"{setting}/logits"], atol=fixture.atol, rtol=0)
@@ -64,23 +77,10 @@ def test_greedy_tokens_from_text_equal_the_official_ones(setting, scale, monkeyp
     fixture = Fixture("llamagen_gpt_t2i")
     model = load_official("llamagen-gpt", fixture.state, fixture.config)
     sampler = AutoregressiveSampler(guidance_scale=scale, temperature=0.0)
-    seen = []
-    choose = sampler._choose
-    monkeypatch.setattr(sampler, "_choose", lambda logits, u: (seen.append(logits), choose(logits, u))[1])
+    seen = guided_logits(monkeypatch)
     tokens = sampler.sample(model, fixture.inputs["caption"], ImageStreams(0, range(3)), condition_mask=fixture.inputs["emb_mask"])
     assert torch.equal(tokens.flatten(1), fixture.outputs[f"{setting}/tokens"])
     torch.testing.assert_close(torch.stack(seen, 1), fixture.outputs[f"{setting}/logits"], atol=fixture.atol, rtol=0)
-
-
-def test_filters_equal_the_official_ones():
-    fixture = Fixture("llamagen_topk_topp")
-    for setting in fixture.config["settings"]:
-        options = {name: setting[name] for name in ("temperature", "top_k", "top_p")}
-        probabilities = filter_logits(fixture.inputs["logits"], **options).softmax(-1)
-        torch.testing.assert_close(probabilities, fixture.outputs[f"{setting['name']}/probs"], atol=fixture.atol, rtol=0)
-    for setting in fixture.config["ties"]:
-        probabilities = filter_logits(fixture.inputs["logits_ties"], top_k=setting["top_k"]).softmax(-1)
-        torch.testing.assert_close(probabilities, fixture.outputs[f"{setting['name']}/probs"], atol=fixture.atol, rtol=0)
 
 
 def test_same_images_whatever_the_batch_size(model):
@@ -182,15 +182,6 @@ def test_where_all_or_no_tokens_are_known(model):
 def test_known_tokens_that_cannot_be_kept_are_refused(model, known, message):
     with pytest.raises(UserError, match=message):
         AutoregressiveSampler().sample(model, torch.tensor([1, 5]), ImageStreams(2, range(2)), known=torch.tensor(known))
-
-
-def test_draws_follow_the_distribution_and_never_take_the_impossible():
-    probabilities = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]).expand(10000, -1)
-    tokens = draw(probabilities, ImageStreams(0, [0]).uniform(1, 10000)[0])
-    shares = torch.bincount(tokens, minlength=6) / 10000
-    torch.testing.assert_close(shares, probabilities[0], atol=0.02, rtol=0)
-    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert draw(probabilities[:2], edges).tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(

@@ -451,6 +451,14 @@ class TestOptions:
         with pytest.raises(UserError, match="dtype"):
             draw(tiny_model, tmp_path / "out", num=2)
 
+    def test_rounded_weights_are_another_job(self, tiny_model, tmp_path):
+        draw(tiny_model, tmp_path / "float32", num=2)
+        draw(tiny_model, tmp_path / "int8", num=2, weights="int8")
+        jobs = [json.loads((tmp_path / name / "job.json").read_text()) for name in ("float32", "int8")]
+        assert jobs[0] | {"weights": "int8"} == jobs[1]
+        with pytest.raises(UserError, match="weights"):
+            draw(tiny_model, tmp_path / "int8", num=2, weights="float16")
+
     @pytest.mark.parametrize("name", ["checkpoint-3.5", "imagenet_cfg2.0"])
     def test_a_folder_may_have_a_dot_in_its_name(self, tiny_model, tmp_path, name):
         draw(tiny_model, tmp_path / name, num=1)

@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ NUM_THREADS: int = _parser.parse_known_args()[0].threads
 """Of the whole run: 1 unless `--threads N` stands on the command line."""
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = str(NUM_THREADS)
+
+REPEATS = 3
+"""Of a floor in a turn; the least counts, so that a neighbour cannot make the floor look high."""
 
 
 @dataclass
@@ -29,19 +32,29 @@ class Seconds:
     wall: dict[str, list[float]] = field(default_factory=dict)
 
 
-def by_turns(peers: Mapping[str, Callable[[], Any]], rounds: int) -> Seconds:
-    """Every peer once a round, the order turned on by one each round; one more round, the first, is not counted."""
+def by_turns(peers: Mapping[str, Callable[[], Any]], rounds: int, floors: Collection[str] = ()) -> Seconds:
+    """Every peer once a round, the order turned on by one each round; one more round, the first, is not counted.
+
+    Args:
+        floors: names of peers that measure the machine: they run `REPEATS` times a turn and the least time counts.
+    """
     names = list(peers)
     seconds = Seconds({name: [] for name in names}, {name: [] for name in names})
     for number in range(rounds + 1):
         begin = number % len(names)
         for name in names[begin:] + names[:begin]:
-            began_wall, began_cpu = time.perf_counter(), time.process_time()
-            peers[name]()
+            spent = [_timed(peers[name]) for _ in range(REPEATS if name in floors else 1)]
             if number > 0:
-                seconds.cpu[name].append(time.process_time() - began_cpu)
-                seconds.wall[name].append(time.perf_counter() - began_wall)
+                seconds.cpu[name].append(min(cpu for cpu, _ in spent))
+                seconds.wall[name].append(min(wall for _, wall in spent))
     return seconds
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """CPU seconds of this process, and wall seconds."""
+    began_wall, began_cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.process_time() - began_cpu, time.perf_counter() - began_wall
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], peer: str, own: str) -> list[float]:

@@ -1,0 +1,94 @@
+"""The step of a token as a CUDA graph: one launch in place of some hundred, which at small sizes take longer than what they launch."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from genvision.kernels.decode import decode_backend
+
+GRAPHS_OF_A_MODEL = 4
+"""Kept for batches to come; each keeps the memory of its cache."""
+
+_kept: "WeakKeyDictionary[Any, dict[tuple[Any, ...], GraphedStep]]" = WeakKeyDictionary()
+
+
+class GraphedStep:
+    """`generator.extend` for caches of one shape, captured at its first call and replayed afterwards.
+
+    One graph serves every position: the kernel of `decode_attention` reads the position from memory and attends to exactly the keys that
+    are there, so there is neither a mask nor a graph for each length. It is bound to the memory of the weights and of one cache, into which
+    others are moved.
+    """
+
+    WARM_UPS = 3
+
+    def __init__(self, cache: Any) -> None:
+        self.keys, self.values = cache.keys, cache.values
+        self.place = torch.zeros(1, dtype=torch.int32, device=cache.keys.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.logits: Tensor | None = None
+
+    def adopt(self, cache: Any) -> None:
+        """Move what a cache holds to where the graph reads it; the cache lies there from now on."""
+        if cache.keys is not self.keys:
+            self.keys[..., : cache.filled, :] = cache.keys[..., : cache.filled, :]
+            self.values[..., : cache.filled, :] = cache.values[..., : cache.filled, :]
+        cache.keys, cache.values, cache.place = self.keys, self.values, self.place
+
+    def extend(self, generator: Any, codes: Tensor, cache: Any) -> Tensor:
+        """Read one more token of each row, int64 [B]; logits of the next, float32 [B, V], are valid until the next call."""
+        inputs = generator.step_inputs(codes, cache)
+        self.place.fill_(cache.filled)
+        if self.graph is None:
+            self._capture(generator, inputs, cache)
+        assert self.graph is not None and self.logits is not None
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
+        self.graph.replay()
+        cache.filled += 1
+        return self.logits
+
+    def _capture(self, generator: Any, inputs: tuple[Tensor, ...], cache: Any) -> None:
+        self.inputs = tuple(given.clone() for given in inputs)
+        # kernels are compiled, and libraries warmed up, on a stream of its own before the capture; each run writes what the first replay
+        # writes again
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UPS):
+                generator.step(cache, *self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = generator.step(cache, *self.inputs)
+
+
+def graphed_step(generator: Any, cache: Any, condition_mask: Tensor | None) -> GraphedStep | None:
+    """The step for this cache, which is moved to the step's memory; None where a step cannot be captured.
+
+    A step is kept for later batches of the same shape as long as the weights stay where they are.
+
+    Args:
+        generator: a causal model in eval mode.
+        cache: as its `start` gives it, or a part of such a one.
+        condition_mask: of padded text, if there is some.
+    """
+    if cache.keys.device.type != "cuda" or not can_capture(cache, condition_mask):
+        return None
+    steps = _kept.setdefault(generator, {})
+    key = (cache.keys.shape, cache.keys.dtype, cache.keys.device, *(weight.data_ptr() for weight in generator.parameters()))
+    if key not in steps:
+        if len(steps) == GRAPHS_OF_A_MODEL:
+            steps.pop(next(iter(steps)))  # the oldest
+        steps[key] = GraphedStep(cache)
+    steps[key].adopt(cache)
+    return steps[key]
+
+
+def can_capture(cache: Any, condition_mask: Tensor | None) -> bool:
+    """On a GPU, where the attention of a step is our kernel (others need the position on the host), without padded text."""
+    keys = cache.keys[0]
+    return keys.device.type == "cuda" and condition_mask is None and decode_backend(keys[:, :, 0], keys) == "triton"
