@@ -84,7 +84,7 @@ class Drawing:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the generator."""
     weights: Literal["float32", "float16", "int8"] = "float32"
-    """on a CPU: round the generator's weights to read less; genvision quantize --check says what that changes."""
+    """round the generator's weights to read less, float16 on CPUs alone; genvision quantize --check says what that changes."""
 
 
 def demo(*, out: Path = Path("demo"), family: Literal["ar", "masked", "diffusion"] = "ar", seed: int = 0) -> None:
@@ -800,6 +800,67 @@ def export(*, model: Path, format: Literal["diffusers", "official"], out: Path) 
     print(f"{out}: {model} exported")
 
 
+def quantize(
+    *,
+    model: Path,
+    weights: Literal["float16", "int8", "ternary"],
+    out: Path | None = None,
+    check: bool = False,
+    max_kl: float | None = None,
+    max_error: float | None = None,
+    memory: bool = False,
+    json: Path | None = None,
+    measure: Literal["mean", "median"] = "mean",
+    scales: Literal["row", "matrix"] = "row",
+    exclude: str | None = None,
+    distill_steps: int = 0,
+    distill_lr: float = 1e-3,
+    distill_images: int = 4096,
+    num: int = 256,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> None:
+    """Say what rounding a model's weights changes, and write it with ternary weights of 2 bits.
+
+    Args:
+        model: folder written by train, demo or import; it stays as it is.
+        weights: what the generator's weights become. float16 and int8 are made when a model is loaded: sample --weights.
+        out: new model folder with ternary weights.
+        check: compare predictions and images with those of float32, with equal random numbers; digits are recognised as well.
+        max_kl: tokens: end with exit status 2, and write nothing, where the mean KL in nats a token is above this; includes --check.
+        max_error: latents: the same for the mean relative distance of predictions.
+        memory: measure what drawing two images takes in processes of their own; needs --out for ternary weights.
+        json: file for the result.
+        measure: ternary: what of |W| gives the scale.
+        scales: ternary: a scale for every output row, or one for each matrix.
+        exclude: ternary: layers that stay floats besides, separated by commas: parts by name (blocks.0) or patterns (blocks.*.mlp.down).
+        distill_steps: ternary: steps of calibration, in which the weights learn to say what the float model says on its own images.
+        distill_lr: its highest learning rate.
+        distill_images: images that the float model draws for it, at most.
+        num: images of the check.
+        seed: of all images.
+        batch_size: images at a time.
+        device: cuda, cpu, ...; for ternary weights the best there is unless told, for others the CPU.
+    """
+    from genvision.jobs.quantize import QuantizationOptions, quantize_folder
+
+    options = QuantizationOptions(
+        weights=weights,
+        measure=measure,
+        scales=scales,
+        exclude=tuple(name.strip() for name in exclude.split(",")) if exclude is not None else (),
+        distill_steps=distill_steps,
+        distill_lr=distill_lr,
+        distill_images=distill_images,
+        num=num,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+    )
+    quantize_folder(model, options, out=out, check=check, max_kl=max_kl, max_error=max_error, memory=memory, json_file=json)
+
+
 def presets(name: str | None = None) -> None:
     """List the published models that can be imported, or show one in full.
 
@@ -809,6 +870,23 @@ def presets(name: str | None = None) -> None:
     from genvision.presets import format_preset, format_presets
 
     print(format_preset(name) if name else format_presets())
+
+
+def benchmark(
+    rows: str | None = None, *, quick: bool = False, long: bool = False, out: Path | None = None, page: Path | None = None
+) -> None:
+    """Measure speed beside transformers, diffusers, torch-fidelity and cache-dit, row by row; what differs in its results is not timed.
+
+    Args:
+        rows: names of rows separated by commas, A1,A2m for example; docs/performance.md says which there are. All unless told.
+        quick: few rounds of small work, two minutes in all; this is what is done unless told.
+        long: at least 9 rounds of the full work, over an hour for all rows; figures to publish.
+        out: JSON file of results, to which these are added.
+        page: page with marked room for the table, docs/performance.md; with --long.
+    """
+    from genvision.jobs.benchmark import run_benchmark
+
+    run_benchmark(rows, quick=quick, long=long, out=out, page=page)
 
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
@@ -830,8 +908,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": finetune,
     "neighbours": neighbours,
     "import": import_,
+    "quantize": quantize,
     "export": export,
     "presets": presets,
+    "benchmark": benchmark,
 }
 LEAN = {"sample"}
 """Commands that import less of diffusers, in a process of their own."""

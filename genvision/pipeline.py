@@ -19,7 +19,9 @@ from genvision.card import write_card
 from genvision.errors import UserError
 from genvision.images import Rounding, to_uint8
 from genvision.kernels.linear import Weights
+from genvision.layers.gpu_weights import quantize_on_gpu
 from genvision.layers.packed import prepare_linears
+from genvision.layers.packed_storage import DESCRIPTION, packed_layers, save_packed
 from genvision.models.base import GENERATORS
 from genvision.samplers.base import SAMPLERS, Sampler
 from genvision.samplers.randomness import ImageStreams
@@ -106,41 +108,48 @@ class ImagePipeline:
 
     def to(self, device: str | torch.device) -> "ImagePipeline":
         """Move the networks."""
-        if self._hashes is not None and torch.device(device).type != "cpu":
-            raise UserError("a pipeline that is prepared for drawing on a CPU cannot be moved; move it before, or load it again")
+        if self._hashes is not None and torch.device(device).type != self.device.type:
+            raise UserError("a pipeline that is prepared for drawing cannot be moved; move it before, or load it again")
         for network in (self.generator, self.tokenizer, self.guide):
             if network is not None:
                 torch.nn.Module.to(network, device)  # ModelMixin's own imports the hooks of diffusers first, and with them torch's compiler
         return self
 
     def prepare(self, weights: Weights = "float32", *, batch_size: int = 1) -> "ImagePipeline":
-        """Lay out the weights of the networks that draw, in place, for drawing on a CPU; they can be neither saved, moved nor trained then.
+        """Lay out the weights of the networks that draw, in place, where they are; they can be neither saved, moved nor trained then.
 
         Nothing happens where there is nothing to gain: for float32 on a GPU, and for models that do not draw token by token.
 
         Args:
-            weights: `float32` keeps the numbers; `float16` rounds weights to 11 bits; `int8` rounds weights and activations to bytes
-                (`genvision quantize --check` says what that changes).
+            weights: `float32` keeps the numbers; `float16` rounds weights to 11 bits, on a CPU; `int8` rounds weights and, on a CPU,
+                activations to bytes (`genvision quantize --check` says what that changes).
             batch_size: about how many images will be drawn at a time.
 
         Raises:
             UserError: these weights are impossible with this model.
         """
         networks = [network for network in (self.generator, self.guide) if network is not None]
-        if weights != "float32":
-            if any(next(network.parameters()).dtype != torch.float32 for network in networks):
-                raise UserError(f"weights '{weights}' are made of float32 ones; leave out dtype, or leave out weights")
-            if self.device.type != "cpu":
-                raise UserError(f"weights '{weights}' are for CPUs; on a GPU give --dtype bfloat16, or --device cpu")
-            if self.sampler.config.get("nesting", "1") != "1":
-                raise UserError(f"weights '{weights}' cannot be cut into smaller networks; leave out weights, or set nesting to 1")
-        elif self.device.type != "cpu" or not self.generator.is_causal:
+        on_gpu = self.device.type != "cpu"
+        if weights == "float32" and (on_gpu or not self.generator.is_causal):
             return self
+        if weights != "float32":
+            self._check_weights(weights, networks)
         self._hashes = self.hashes()
         for network in networks:
-            prepare_linears(network, weights, rows=self._rows(batch_size))
+            if on_gpu:
+                quantize_on_gpu(network, weights)
+            else:
+                prepare_linears(network, weights, rows=self._rows(batch_size))
         self.weights = weights
         return self
+
+    def _check_weights(self, weights: Weights, networks: Sequence[Any]) -> None:
+        if self.sampler.config.get("nesting", "1") != "1":
+            raise UserError(f"weights '{weights}' cannot be cut into smaller networks; leave out weights, or set nesting to 1")
+        if self.device.type != "cpu" and weights == "float16":
+            raise UserError("weights 'float16' are for CPUs; on a GPU give --dtype bfloat16, or --weights int8")
+        if self.device.type == "cpu" and any(next(network.parameters()).dtype != torch.float32 for network in networks):
+            raise UserError(f"weights '{weights}' are made of float32 ones; leave out dtype, or leave out weights")
 
     def _rows(self, batch_size: int) -> int:
         """Of the products of a step."""
@@ -276,7 +285,11 @@ def save_parts(folder: Path, parts: dict[str, Any], label_names: Sequence[str] |
     if (folder / INDEX).is_file():
         index = read_index(folder)
     for name, part in parts.items():
-        part.save_pretrained(folder / name)
+        if isinstance(part, torch.nn.Module) and packed_layers(part):
+            save_packed(part, folder / name)
+        else:
+            (folder / name / DESCRIPTION).unlink(missing_ok=True)
+            part.save_pretrained(folder / name)
         index[name] = [type(part).__module__, type(part).__name__]
     if label_names is not None:
         index["id2label"] = {str(i): name for i, name in enumerate(label_names)}

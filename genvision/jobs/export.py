@@ -16,6 +16,7 @@ from genvision.convert.diffusers_dit import to_diffusers
 from genvision.convert.dit import to_official
 from genvision.errors import UserError
 from genvision.jobs.output import check_output
+from genvision.layers.ternarize import plain_linears
 from genvision.models.base import GENERATORS
 from genvision.models.dit import DiT
 from genvision.pipeline import INDEX, ImagePipeline, read_index
@@ -108,6 +109,7 @@ def _export_diffusers(model: Path, out: Path) -> list[str]:
 def _as_dit(generator: Any) -> DiT:
     if not isinstance(generator, DiT):
         raise UserError(f"{type(generator).__name__}: only diffusion transformers (DiT) can be exported")
+    plain_linears(generator)  # no other format holds packed weights
     return generator
 
 

@@ -22,7 +22,7 @@ from genvision.jobs.output import check_one_process, check_output
 from genvision.jobs.quantize_check import can_recognise, compare_pipelines, shows_digits
 from genvision.jobs.quantize_report import Check, Memory, QuantizationResult, Storage, format_result
 from genvision.kernels.linear import FEW_ROWS, Weights, choose_layout
-from genvision.layers.packed import PackedLinear
+from genvision.layers.full_precision import linears_to_round
 from genvision.layers.packed_storage import is_packed, packed_layers, save_packed, tensor_bytes
 from genvision.layers.ternarize import ternarize_linears
 from genvision.layers.ternary import Measure
@@ -245,13 +245,10 @@ def _ends(losses: list[float]) -> tuple[float, float] | None:
 
 def _storage(before: Any, after: Any, weights: RoundedWeights) -> Storage:
     total, num_weights = tensor_bytes(before), sum(parameter.numel() for parameter in before.parameters())
-    if weights == "ternary":
-        layers: list[Any] = list(packed_layers(after).values())
-        rounded = sum(layer.in_features * layer.out_features for layer in layers)
-        left = tensor_bytes(after)
-    else:
-        layers = [module for module in after.modules() if isinstance(module, PackedLinear)]
-        rounded = sum(layer.in_features * layer.out_features for layer in layers)
+    layers: list[Any] = list((packed_layers(after) if weights == "ternary" else linears_to_round(before)).values())
+    rounded = sum(layer.in_features * layer.out_features for layer in layers)
+    left = tensor_bytes(after)
+    if weights != "ternary":  # a product that a model was prepared with says nothing of its size
         scales = 4 * sum(layer.out_features for layer in layers) if weights == "int8" else 0
         left = total - rounded * (4 - BYTES.get(choose_layout(weights, FEW_ROWS), 4)) + scales
     return Storage(bytes_before=total, bytes_after=left, layers=len(layers), rounded_share=rounded / num_weights)

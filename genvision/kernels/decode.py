@@ -29,7 +29,8 @@ def decode_attention(
         values: like keys, with the same strides.
         position: how many positions are filled, which is the new token's place. As a tensor of one int32 or int64 on the device it is
             read there if the back end is `triton`, so that a CUDA graph of the call serves every position; the other back end waits for it.
-        rotary: float32 [M or more, D / 2, 2], cosines and sines of every position as in `genvision.layers.rotary`; None turns nothing.
+        rotary: float32 [M or more, D / 2, 2], cosines and sines of every position as in `genvision.layers.rotary`, or the same numbers as
+            complex64 [M or more, D / 2], which saves a view of each layer; None turns nothing.
         first: int32 or int64 [B], the first position that a row sees (text is padded on the left); at most `position`. None means 0.
 
     Returns:
@@ -38,6 +39,8 @@ def decode_attention(
     if decode_backend(heads, keys) == "triton":
         from genvision.kernels.triton_decode import decode_attention_triton
 
+        if rotary is not None and rotary.is_complex():
+            rotary = torch.view_as_real(rotary)
         return decode_attention_triton(heads, keys, values, position, rotary=rotary, first=first)
     return plain_decode_attention(heads, keys, values, int(position), rotary=rotary, first=first)
 
@@ -60,7 +63,8 @@ def plain_decode_attention(
     turned = heads
     if rotary is not None:
         # one complex product; to turn the values, too, takes less time than to cut them off
-        pairs = heads.float().view(torch.complex64) * torch.view_as_complex(rotary[position])
+        turns = rotary[position] if rotary.is_complex() else torch.view_as_complex(rotary[position])
+        pairs = heads.float().view(torch.complex64) * turns
         turned = pairs.view(torch.float32).type_as(heads)
     keys[:, :, position] = turned[:, num_heads : num_heads + groups]
     values[:, :, position] = heads[:, num_heads + groups :]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 Weights = Literal["float32", "float16", "int8"]
 """The numbers that weights are kept in; activations and sums stay float32, but for int8 activations have 8 bits a row."""
-Layout = Literal["as is", "inputs first", "onednn", "float16", "int8", "int8 in float32"]
+Layout = Literal["as is", "vector", "inputs first", "onednn", "float16", "int8", "int8 in float32"]
 Product = Callable[[Tensor], Tensor]
 
 FEW_ROWS = 32
@@ -67,20 +67,24 @@ def pack(weight: Tensor, bias: Tensor | None, weights: Weights, rows: int) -> Pr
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights '{weights}' is unknown; choose one of {', '.join(get_args(Weights))}")
-    layout = choose_layout(weights, rows)
+    layout = choose_layout(weights, rows, is_wide=weight.shape[0] < weight.shape[1])
     weight = weight.detach()
     bias = bias.detach() if bias is not None else None
     return _PACKERS[layout](weight, bias, rows) if layout != "as is" else None
 
 
-def choose_layout(weights: Weights, rows: int) -> Layout:
-    """The fastest layout of those that this build of torch has."""
+def choose_layout(weights: Weights, rows: int, *, is_wide: bool = False) -> Layout:
+    """The fastest layout of those that this build of torch has.
+
+    Args:
+        is_wide: O < I.
+    """
     if weights == "int8":
         return "int8" if has("int8") else "int8 in float32"
     if weights == "float16" and has("float16"):
         return "float16"
     if rows == 1:
-        return "inputs first"
+        return "vector" if is_wide else "inputs first"
     if rows <= FEW_ROWS:
         return "onednn" if has("onednn") else "inputs first"
     return "as is"
@@ -109,6 +113,18 @@ def _inputs_first(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
     if bias is None:
         return lambda x: x @ transposed
     return lambda x: torch.addmm(bias, x.flatten(0, -2), transposed).unflatten(0, x.shape[:-1])
+
+
+def _vector(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
+    num_inputs = weight.shape[1]
+
+    def product(x: Tensor) -> Tensor:
+        if x.numel() != num_inputs:
+            return F.linear(x, weight, bias)
+        out = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
+        return out.view(*x.shape[:-1], -1)
+
+    return product
 
 
 def _onednn(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
@@ -166,6 +182,7 @@ def _int8_in_float32(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
 
 
 _PACKERS: dict[Layout, Callable[[Tensor, Tensor | None, int], Product]] = {
+    "vector": _vector,
     "inputs first": _inputs_first,
     "onednn": _onednn,
     "float16": _float16,

@@ -92,4 +92,4 @@ class PackedSwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up))

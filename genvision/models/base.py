@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from genvision.errors import UserError, check_rates
+from genvision.layers.packed_ternary import PackedTernaryLinear
 
 GENERATORS: dict[str, str] = {
     "LlamaGen": "genvision.models.llamagen",
@@ -59,7 +60,8 @@ class Generator:
     @property
     def num_parameters_million(self) -> float:
         assert isinstance(self, nn.Module)
-        return sum(p.numel() for p in self.parameters()) / 1e6
+        packed = sum(layer.in_features * layer.out_features for layer in self.modules() if isinstance(layer, PackedTernaryLinear))
+        return (sum(p.numel() for p in self.parameters()) + packed) / 1e6
 
 
 def check_class_dropout(rate: float) -> None:

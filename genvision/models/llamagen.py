@@ -218,9 +218,9 @@ class LlamaGen(Trunk, Generator, ModelMixin, ConfigMixin):
 
     def step(self, cache: KVCache, codes: Tensor) -> Tensor:
         """`extend` but for its count of what is filled: the same operations on the same memory at every position, so it can be captured."""
-        x = self.token_embed(codes)  # [B, C]
+        x, rotary = self.token_embed(codes), torch.view_as_complex(self.rotary)  # [B, C], [P + N, D / 2]
         for layer, block in enumerate(self.blocks):
-            x = cast(Block, block).step(x, self.rotary, cache, layer)
+            x = cast(Block, block).step(x, rotary, cache, layer)
         return self.head(self.norm(x)).float()
 
     def _read(self, x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
@@ -261,8 +261,8 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, rotary: Tensor, cache: KVCache, layer: int) -> Tensor:
         """One new position of each row, x [B, C], without gradients; rotary is the whole table."""
-        x = x + self.attention.step(self.norm1(x), cache, layer, rotary)
-        return x + self.mlp(self.norm2(x))
+        x = self.attention.step(self.norm1(x), cache, layer, rotary).add_(x)
+        return self.mlp(self.norm2(x)).add_(x)
 
     def _thin(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:

@@ -53,7 +53,7 @@ def test_the_check_says_what_int8_changes_and_writes_nothing_but_the_result(trai
     assert 0 <= check.drawn_otherwise <= check.codes_changed < 1
     seen = check.recognition
     assert seen.right_after - seen.right_before == pytest.approx((seen.won - seen.lost) / 12) and seen.changed >= seen.lost + seen.won
-    assert result.storage.layers == 4 and 2 < result.storage.ratio < 4  # q, k, v together; proj; gate and up; down
+    assert result.storage.layers == 5 and 2 < result.storage.ratio < 4
     assert json.loads((tmp_path / "int8.json").read_text())["check"]["kl"] == check.kl
     table = capsys.readouterr().out.rstrip("\n")
     assert table == format_result(result) and max(map(len, table.splitlines())) <= 80

@@ -10,10 +10,11 @@ from genvision.kernels.linear import ACTIVATION_LEVELS, WEIGHT_LEVELS, choose_la
     ("weights", "rows", "tolerance"), [("float32", 1, 1e-6), ("float32", 4, 1e-6), ("float16", 2, 1e-3), ("int8", 2, 3e-2)]
 )
 @pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("num_outputs", [33, 7])
 @pytest.mark.parametrize("shape", [(1, 20), (3, 20), (2, 5, 20), (40, 20), (0, 20)])
-def test_a_packed_product_is_the_linear_layer(weights, rows, tolerance, with_bias, shape):
+def test_a_packed_product_is_the_linear_layer(weights, rows, tolerance, with_bias, num_outputs, shape):
     torch.manual_seed(0)
-    weight, bias, x = torch.randn(33, 20), torch.randn(33) if with_bias else None, torch.randn(shape)
+    weight, bias, x = torch.randn(num_outputs, 20), torch.randn(num_outputs) if with_bias else None, torch.randn(shape)
     product, expected = pack(weight, bias, weights, rows), F.linear(x, weight, bias)
     with torch.inference_mode():
         found = product(x)
@@ -61,6 +62,7 @@ def test_an_int8_row_is_worth_the_same_alone_and_among_others():
 
 def test_layouts_are_chosen_by_rows():
     assert choose_layout("float32", 1) == "inputs first"
+    assert choose_layout("float32", 1, is_wide=True) == "vector"
     assert choose_layout("float32", 2) == choose_layout("float32", 32) == "onednn"
     assert choose_layout("float32", 33) == "as is"
     assert pack(torch.randn(4, 4), None, "float32", 256) is None

@@ -39,7 +39,7 @@ def test_cached_steps_with_packed_weights_give_the_logits_of_the_plain_parallel_
 
 
 @torch.inference_mode()
-def test_other_dtypes_stay_and_what_decides_much_keeps_its_numbers():
+def test_other_dtypes_stay_and_what_decides_much_is_rounded_less():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4).double())
     prepare_linears(model, "int8")
     assert [type(module) for module in (model[0], model[1][0], model[2])] == [PackedLinear, PackedLinear, nn.Linear]
@@ -49,9 +49,9 @@ def test_other_dtypes_stay_and_what_decides_much_keeps_its_numbers():
     prepare_linears(model, "int8")
     found = model.head(x), model.blocks[0].attention.proj(x)
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
-    assert errors[0] < 1e-6 < 1e-3 < errors[1] < 3e-2
+    assert 1e-6 < errors[0] < 1e-3 < errors[1] < 3e-2
 
 
 def test_a_packed_model_keeps_no_second_copy_of_its_weights():
     model = prepare_linears(LlamaGen(**SIZES).eval(), rows=2)
-    assert {name.split(".")[-2] for name, _ in model.named_parameters()} == {"table", "token_embed", "norm1", "norm2", "norm"}
+    assert {name.split(".")[-2] for name, _ in model.named_parameters()} == {"table", "token_embed"}
