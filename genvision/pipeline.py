@@ -137,6 +137,7 @@ class ImagePipeline:
         self._hashes = self.hashes()
         for network in networks:
             if on_gpu:
+                assert weights == "int8"  # as _check_weights has seen to
                 quantize_on_gpu(network, weights)
             else:
                 prepare_linears(network, weights, rows=self._rows(batch_size))

@@ -25,18 +25,17 @@ class GraphedStep:
     WARM_UPS = 3
 
     def __init__(self, cache: Any) -> None:
-        self.keys, self.values = cache.keys, cache.values
-        self.place = torch.zeros(1, dtype=torch.int32, device=cache.keys.device)
+        self.store = cache.store
+        self.place = torch.zeros(1, dtype=torch.int32, device=cache.store.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
         self.logits: Tensor | None = None
 
     def adopt(self, cache: Any) -> None:
         """Move what a cache holds to where the graph reads it; the cache lies there from now on."""
-        if cache.keys is not self.keys:
-            self.keys[..., : cache.filled, :] = cache.keys[..., : cache.filled, :]
-            self.values[..., : cache.filled, :] = cache.values[..., : cache.filled, :]
-        cache.keys, cache.values, cache.place = self.keys, self.values, self.place
+        if cache.store is not self.store:
+            self.store[..., : cache.filled, :] = cache.store[..., : cache.filled, :]
+        cache.store, cache.place = self.store, self.place
 
     def extend(self, generator: Any, codes: Tensor, cache: Any) -> Tensor:
         """Read one more token of each row, int64 [B]; logits of the next, float32 [B, V], are valid until the next call."""
@@ -76,10 +75,10 @@ def graphed_step(generator: Any, cache: Any, condition_mask: Tensor | None) -> G
         cache: as its `start` gives it, or a part of such a one.
         condition_mask: of padded text, if there is some.
     """
-    if cache.keys.device.type != "cuda" or not can_capture(cache, condition_mask):
+    if cache.store.device.type != "cuda" or not can_capture(cache, condition_mask):
         return None
     steps = _kept.setdefault(generator, {})
-    key = (cache.keys.shape, cache.keys.dtype, cache.keys.device, *(weight.data_ptr() for weight in generator.parameters()))
+    key = (cache.store.shape, cache.store.dtype, cache.store.device, *(weight.data_ptr() for weight in generator.parameters()))
     if key not in steps:
         if len(steps) == GRAPHS_OF_A_MODEL:
             steps.pop(next(iter(steps)))  # the oldest
@@ -90,5 +89,5 @@ def graphed_step(generator: Any, cache: Any, condition_mask: Tensor | None) -> G
 
 def can_capture(cache: Any, condition_mask: Tensor | None) -> bool:
     """On a GPU, where the attention of a step is our kernel (others need the position on the host), without padded text."""
-    keys = cache.keys[0]
+    keys = cache.store[0, :, 0]
     return keys.device.type == "cuda" and condition_mask is None and decode_backend(keys[:, :, 0], keys) == "triton"

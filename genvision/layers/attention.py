@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genvision.kernels.attention import attention
-from genvision.kernels.decode import decode_attention
+from genvision.kernels.decode import DecodeStep
 from genvision.layers.rotary import rotate
 
 Cache = TypeVar("Cache", bound="KVCache")
@@ -31,31 +31,37 @@ class KVCache:
     def __init__(
         self, depth: int, rows: int, num_heads: int, length: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.keys = torch.empty(depth, rows, num_heads, length, head_dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        self.store = torch.empty(depth, rows, 2, num_heads, length, head_dim, dtype=dtype, device=device)  # keys, then values
         self.filled = 0
         self.place: Tensor | None = None  # `filled` on the device, where a captured step reads it: int32 [1]
+
+    @property
+    def rows(self) -> int:
+        return self.store.shape[1]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, G, N, D] behind what is there; returns all keys and values so far, [B, G, M + N, D]."""
         end = self.filled + keys.shape[2]
-        self.keys[layer, :, :, self.filled : end] = keys
-        self.values[layer, :, :, self.filled : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        of_layer = self.store[layer]
+        of_layer[:, 0, :, self.filled : end] = keys
+        of_layer[:, 1, :, self.filled : end] = values
+        return of_layer[:, 0, :, :end], of_layer[:, 1, :, :end]
+
+    def next_position(self, rotary: Tensor | None) -> DecodeStep:
+        """What reads and writes one more position in every layer; rotary is the whole table."""
+        return DecodeStep(self.store, self.filled if self.place is None else self.place, rotary)
 
     def first_rows(self: Cache, rows: int) -> Cache:
         """The same memory, seen through its first rows."""
         part = copy(self)
-        part.place = None
-        part.keys, part.values = self.keys[:, :rows], self.values[:, :rows]
+        part.place, part.store = None, self.store[:, :rows]
         return part
 
     def joined(self: Cache, other: Cache) -> Cache:
         """A new cache with the rows of both; both must be filled equally far."""
         assert self.filled == other.filled
         both = copy(self)
-        both.place = None
-        both.keys, both.values = torch.cat([self.keys, other.keys], 1), torch.cat([self.values, other.values], 1)
+        both.place, both.store = None, torch.cat([self.store, other.store], 1)
         return both
 
 
@@ -109,12 +115,10 @@ class Attention(nn.Module):
         )  # [B, H, N, D]
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
 
-    def step(self, x: Tensor, cache: KVCache, layer: int, rotary: Tensor | None = None) -> Tensor:
-        """One new position of each row, x [B, C], behind what the cache holds, without gradients; rotary is the whole table."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, H + 2G, D]
+    def step(self, x: Tensor, decode: DecodeStep, layer: int) -> Tensor:
+        """One new position of each row, x [B, C], behind what the cache holds, without gradients; see `KVCache.next_position`."""
+        heads = self.qkv(x)  # [B, (H + 2G) D]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-            heads = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
-        place = cache.filled if cache.place is None else cache.place
-        out = decode_attention(heads, cache.keys[layer], cache.values[layer], place, rotary=rotary)  # [B, H, D]
-        return self.proj(out.flatten(1))
+            q, k, v = heads.unflatten(-1, (-1, self.head_dim)).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+            heads = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1).flatten(1)
+        return self.proj(decode(layer, heads))

@@ -20,10 +20,7 @@ class PackedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, product: Product) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.product = product
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
+        self.forward = product  # a call less, dozens of times a token
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

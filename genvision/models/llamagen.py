@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from genvision.errors import UserError, check_rates, check_sizes
+from genvision.kernels.decode import DecodeStep
 from genvision.layers.attention import Attention, KVCache
 from genvision.layers.checkpointing import Trunk
 from genvision.layers.embed import LabelEmbedding, TextEmbedding
@@ -202,6 +203,7 @@ class LlamaGen(Trunk, Generator, ModelMixin, ConfigMixin):
         cache = KVCache(len(self.blocks), x.shape[0], self.num_kv_heads, length, self.head_dim, dtype=x.dtype, device=x.device)
         return self._read(x, cache, self._prefix_mask(condition_mask, x.shape[1])), cache
 
+    @torch.no_grad()
     def extend(self, codes: Tensor, cache: KVCache, condition_mask: Tensor | None = None) -> Tensor:
         """Read one more token of each row, int64 [B]; returns logits of the next, float32 [B, V]."""
         if condition_mask is not None:
@@ -218,9 +220,9 @@ class LlamaGen(Trunk, Generator, ModelMixin, ConfigMixin):
 
     def step(self, cache: KVCache, codes: Tensor) -> Tensor:
         """`extend` but for its count of what is filled: the same operations on the same memory at every position, so it can be captured."""
-        x, rotary = self.token_embed(codes), torch.view_as_complex(self.rotary)  # [B, C], [P + N, D / 2]
+        x, decode = self.token_embed(codes), cache.next_position(self.rotary)  # [B, C]
         for layer, block in enumerate(self.blocks):
-            x = cast(Block, block).step(x, rotary, cache, layer)
+            x = cast(Block, block).step(x, decode, layer)
         return self.head(self.norm(x)).float()
 
     def _read(self, x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
@@ -259,9 +261,9 @@ class Block(nn.Module):
         x = x + self._thin(self.attention(self.norm1(x), rotary, mask, cache, layer))
         return x + self._thin(self.mlp(self.norm2(x)))
 
-    def step(self, x: Tensor, rotary: Tensor, cache: KVCache, layer: int) -> Tensor:
-        """One new position of each row, x [B, C], without gradients; rotary is the whole table."""
-        x = self.attention.step(self.norm1(x), cache, layer, rotary).add_(x)
+    def step(self, x: Tensor, decode: DecodeStep, layer: int) -> Tensor:
+        """One new position of each row, x [B, C], without gradients; see `Attention.step`."""
+        x = self.attention.step(self.norm1(x), decode, layer).add_(x)
         return self.mlp(self.norm2(x)).add_(x)
 
     def _thin(self, branch: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from genvision.errors import UserError, check_rates, check_sizes
+from genvision.kernels.decode import DecodeStep
 from genvision.layers.attention import Attention, KVCache
 from genvision.layers.checkpointing import Trunk
 from genvision.layers.embed import LabelEmbedding
@@ -197,6 +198,7 @@ class RAR(Trunk, Generator, ModelMixin, ConfigMixin):
         told = self._condition(label, x.shape[1])
         return self._read(x, [block.modulation(told) for block in self._each_block()], self.head.modulation(told[:, -1:]), cache), cache
 
+    @torch.no_grad()
     def extend(self, codes: Tensor, cache: "ConditionedCache", condition_mask: None = None) -> Tensor:
         """Read one more token of each row, int64 [B]; returns logits of the next, float32 [B, K]."""
         logits = self.step(cache, *self.step_inputs(codes, cache))
@@ -215,8 +217,9 @@ class RAR(Trunk, Generator, ModelMixin, ConfigMixin):
 
     def step(self, cache: "ConditionedCache", x: Tensor, of_blocks: Tensor, of_head: Tensor) -> Tensor:
         """`extend` but for its count of what is filled: the same operations on the same memory at every position, so it can be captured."""
+        decode = cache.next_position(None)
         for layer, (block, modulation) in enumerate(zip(self._each_block(), of_blocks, strict=True)):
-            x = block.step(x, modulation, cache, layer)
+            x = block.step(x, modulation, decode, layer)
         return self.head(x, of_head).float()
 
     def _read(self, x: Tensor, of_blocks: Sequence[Tensor], of_head: Tensor, cache: KVCache) -> Tensor:
@@ -323,10 +326,10 @@ class Block(nn.Module):
         x = x.addcmul(gate1, self.attention(shift1.addcmul(self.norm1(x), 1 + scale1), cache=cache, layer=layer))
         return x.addcmul(gate2, self.mlp(shift2.addcmul(self.norm2(x), 1 + scale2)))
 
-    def step(self, x: Tensor, modulation: Tensor, cache: KVCache, layer: int) -> Tensor:
-        """One new place of each row, x [B, C] and modulation [B, 6 C], without gradients."""
+    def step(self, x: Tensor, modulation: Tensor, decode: DecodeStep, layer: int) -> Tensor:
+        """One new place of each row, x [B, C] and modulation [B, 6 C], without gradients; see `Attention.step`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x.addcmul(gate1, self.attention.step(shift1.addcmul(self.norm1(x), 1 + scale1), cache, layer))
+        x = x.addcmul(gate1, self.attention.step(shift1.addcmul(self.norm1(x), 1 + scale1), decode, layer))
         return x.addcmul(gate2, self.mlp(shift2.addcmul(self.norm2(x), 1 + scale2)))
 
     def conditioned(self, x: Tensor, condition: Tensor) -> Tensor:

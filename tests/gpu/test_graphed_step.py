@@ -36,7 +36,7 @@ def test_replays_give_the_logits_of_plain_steps_at_every_position_and_in_a_secon
             torch.testing.assert_close(step.extend(model, codes[:, position], graphed), expected, rtol=1e-4, atol=1e-4)
         assert graphed.filled == plain.filled
         filled = slice(0, plain.filled)
-        torch.testing.assert_close(graphed.keys[..., filled, :], plain.keys[..., filled, :], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(graphed.store[..., filled, :], plain.store[..., filled, :], rtol=1e-4, atol=1e-4)
     assert steps[0] is steps[1]
 
 

@@ -33,7 +33,7 @@ def test_a_cache_moves_to_the_memory_of_a_step():
     (_, first), (_, second), (_, same) = (model.start(torch.tensor([0, label])) for label in (1, 4, 4))
     step = GraphedStep(first)
     step.adopt(second)
-    assert second.keys is first.keys and second.place is step.place
+    assert second.store is first.store and second.place is step.place
     second.place = None
     for i in range(4):
         torch.testing.assert_close(model.extend(codes[:, i], second), model.extend(codes[:, i], same), rtol=0, atol=1e-6)

@@ -51,7 +51,7 @@ def test_cached_steps_equal_the_parallel_pass(places, at_once, monkeypatch):
         logits, cache = model.start(labels, drop=drop, codes=codes[:, :num_known])
         steps = [logits] + [model.extend(codes[:, i], cache) for i in range(num_known, 8)]
         close(torch.stack(steps, 1), parallel[:, num_known:])
-        assert cache.filled == cache.keys.shape[3] == 10
+        assert cache.filled == cache.store.shape[4] == 10
 
 
 @torch.inference_mode()
