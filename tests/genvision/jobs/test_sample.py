@@ -1,6 +1,7 @@
 """Sampling jobs: the same images however they are run, interrupted or written."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -450,6 +451,14 @@ class TestOptions:
         assert json.loads((tmp_path / "out" / "job.json").read_text())["dtype"] == "bfloat16"
         with pytest.raises(UserError, match="dtype"):
             draw(tiny_model, tmp_path / "out", num=2)
+
+    def test_block_caching_says_what_it_leaves_out_and_what_it_changes(self, tiny_flow, tmp_path, capfd):
+        draw(tiny_flow, tmp_path / "out", num=6, batch_size=4, sampler_options={"cache_interval": 2, "num_steps": 12})
+        said = capfd.readouterr().err
+        share = re.search(r"block caching: (\d+) of (\d+) block runs an image left out; the first 4 images .* by ([\d.e-]+)%", said)
+        assert share is not None and 0 < int(share[1]) < int(share[2]) and float(share[3]) > 0
+        job = json.loads((tmp_path / "out" / "job.json").read_text())
+        assert job["block_runs"] == [int(share[2]) - int(share[1]), int(share[2])]
 
     def test_rounded_weights_are_another_job(self, tiny_model, tmp_path):
         draw(tiny_model, tmp_path / "float32", num=2)
