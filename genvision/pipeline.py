@@ -128,6 +128,8 @@ class ImagePipeline:
         Raises:
             UserError: these weights are impossible with this model.
         """
+        if self._hashes is not None:
+            raise UserError("this pipeline is prepared already; load it again to prepare it otherwise")
         networks = [network for network in (self.generator, self.guide) if network is not None]
         on_gpu = self.device.type != "cpu"
         if weights == "float32" and (on_gpu or not self.generator.is_causal):
@@ -140,7 +142,7 @@ class ImagePipeline:
                 assert weights == "int8"  # as _check_weights has seen to
                 quantize_on_gpu(network, weights)
             else:
-                prepare_linears(network, weights, rows=self._rows(batch_size))
+                prepare_linears(network, weights, rows=self._rows(batch_size), by_token=network.is_causal)
         self.weights = weights
         return self
 

@@ -54,21 +54,25 @@ class GraphedStep:
         self.inputs = tuple(given.clone() for given in inputs)
         # kernels are compiled, and libraries warmed up, on a stream of its own before the capture; each run writes what the first replay
         # writes again
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        device = self.store.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UPS):
                 generator.step(cache, *self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # its own stream, since torch's default one for captures belongs to one device; other threads, which pin memory, may allocate
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.logits = generator.step(cache, *self.inputs)
+        self.graph = graph
 
 
 def graphed_step(generator: Any, cache: Any, condition_mask: Tensor | None) -> GraphedStep | None:
     """The step for this cache, which is moved to the step's memory; None where a step cannot be captured.
 
-    A step is kept for later batches of the same shape as long as the weights stay where they are.
+    A step is kept for later batches of the same shape as long as the weights stay where they are; one thread at a time may draw from a
+    model, then.
 
     Args:
         generator: a causal model in eval mode.
@@ -78,13 +82,23 @@ def graphed_step(generator: Any, cache: Any, condition_mask: Tensor | None) -> G
     if cache.store.device.type != "cuda" or not can_capture(cache, condition_mask):
         return None
     steps = _kept.setdefault(generator, {})
-    key = (cache.store.shape, cache.store.dtype, cache.store.device, *(weight.data_ptr() for weight in generator.parameters()))
+    key = (cache.store.shape, cache.store.dtype, cache.store.device, *_addresses(generator))
     if key not in steps:
         if len(steps) == GRAPHS_OF_A_MODEL:
             steps.pop(next(iter(steps)))  # the oldest
         steps[key] = GraphedStep(cache)
     steps[key].adopt(cache)
     return steps[key]
+
+
+def forget_steps(generator: Any) -> None:
+    """Free the graphs of a model and the memory of their caches; for who draws once in a while and needs the memory in between."""
+    _kept.pop(generator, None)
+
+
+def _addresses(generator: Any) -> list[int]:
+    tensors = [*generator.parameters(), *generator.buffers()]
+    return [tensor.data_ptr() for tensor in tensors if tensor.layout == torch.strided]
 
 
 def can_capture(cache: Any, condition_mask: Tensor | None) -> bool:

@@ -22,6 +22,7 @@ from genvision.jobs.fid import SampledSet, plan_sampled
 from genvision.jobs.sample import SampleRequest
 from genvision.pipeline import ImagePipeline
 from genvision.processes import from_main, process_state
+from genvision.samplers.graphed_step import forget_steps
 from genvision.training.config import ScoresConfig
 
 
@@ -77,6 +78,7 @@ class OnlineScores:
         for chunk in shares(num, batch_size)[state.process_index :: state.num_processes]:
             images, _ = self.sampled.draw(chunk)
             measurement.add(np.arange(chunk.start, chunk.stop), plan.networks.rows(images, plan.rows), hash_images(images))
+        forget_steps(model)  # the training needs the memory
         model.train(was_training)
         measured, scores = measurement.finish(num), {}
         if state.is_main_process:  # which alone has the reference

@@ -22,6 +22,7 @@ from genvision.layers.ternarize import plain_linears
 from genvision.objectives.base import Objective
 from genvision.pipeline import ImagePipeline
 from genvision.samplers.base import Sampler
+from genvision.samplers.graphed_step import forget_steps
 from genvision.tokenizers.base import TokenizerSpec, content_hash, open_tokenizer
 from genvision.training import rng
 from genvision.training.config import ScoresConfig, TrainConfig
@@ -110,6 +111,7 @@ class GeneratorJob:
         pipeline = self.pipeline(model)
         pipeline.tokenizer.to(model.device)
         images = pipeline(np.repeat(classes, PREVIEW_COLUMNS).tolist(), output_type="np").images
+        forget_steps(model)  # the training needs the memory
         names = [self.label_names[i] for i in classes]
         save_png(make_grid(images, PREVIEW_COLUMNS, row_names=names), folder / f"step_{step:08d}.png")
 

@@ -43,10 +43,10 @@ def fuses(*tensors: Tensor | None) -> bool:
     torch.compile they leave the work to inductor, which fuses the plain form by itself; under autocast the plain form decides what runs
     in which precision.
     """
-    if torch.compiler.is_compiling():
-        return False
     first, forced = tensors[0], forced_backend()
     assert first is not None
+    if torch.compiler.is_compiling() or first.dtype == torch.float64:  # the kernels compute in float32
+        return False
     if forced != "triton" and (forced is not None or not first.is_cuda):
         return False
     return triton_runs(first.device) and not torch.is_autocast_enabled(first.device.type) and not needs_gradient(*tensors)

@@ -36,7 +36,7 @@ class DecodeStep:
 
     def __call__(self, layer: int, heads: Tensor) -> Tensor:
         """Of a layer's heads [B, (H + 2G) D], queries | keys | values: [B, H D]."""
-        if self.slots is None:
+        if self.slots is None or heads.dtype != torch.float32:  # autocast
             heads = heads.unflatten(-1, (-1, self.head_dim))
             keys, values = self.store[layer].unbind(1)
             return decode_attention(heads, keys, values, self.position, rotary=self.rotary).flatten(1)

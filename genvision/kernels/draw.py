@@ -118,7 +118,7 @@ def _draw_row(logits: np.ndarray, uniform: float, top_k: int, top_p: float) -> i
     kept = None  # where in the vocabulary `logits` stand, once they are no longer all
     if 0 < top_k < len(logits):
         at = len(logits) - top_k
-        kept = np.flatnonzero(logits >= np.partition(logits, at)[at])
+        kept = np.flatnonzero(~(logits < np.partition(logits, at)[at]))  # NaN, which nothing compares with, is kept
         logits = logits[kept]
     if top_p < 1:
         nucleus = _nucleus(logits, top_p)
@@ -139,6 +139,6 @@ def _nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
     border = ordered[number - 1]
     above = np.count_nonzero(logits > border)
     surplus = np.flatnonzero(logits == border)[number - above :]
-    is_kept = logits >= border
+    is_kept = ~(logits < border)
     is_kept[surplus] = False
     return cast(np.ndarray, np.flatnonzero(is_kept))

@@ -17,6 +17,7 @@ Shapes: x [..., I], W [O, I], b [O].
 import mmap
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -125,7 +126,8 @@ def _in_large_pages(x: Tensor) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE") or x.numel() == 0:
         return x.contiguous()
     memory = mmap.mmap(-1, x.numel() * x.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a hint; some kernels have no such pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     copy = torch.frombuffer(memory, dtype=x.dtype).view(x.shape)  # which keeps the memory
     return copy.copy_(x)
 

@@ -6,7 +6,7 @@ from typing import TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from genvision.kernels.linear import FEW_ROWS, Product, Weights, pack
+from genvision.kernels.linear import Product, Weights, pack
 from genvision.layers.full_precision import linears_to_round
 from genvision.layers.mlp import PackedSwiGLU, SwiGLU
 from genvision.layers.norm import RMSNorm
@@ -20,7 +20,10 @@ class PackedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, product: Product) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.forward = product  # a call less, dozens of times a token
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x if x.dtype == torch.float32 else x.float())  # autocast
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -39,7 +42,7 @@ class PackedRMSNorm(nn.Module):
         return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)).mul_(self.scale)
 
 
-def prepare_linears(model: Model, weights: Weights = "float32", *, rows: int = 2) -> Model:
+def prepare_linears(model: Model, weights: Weights = "float32", *, rows: int = 2, by_token: bool = True) -> Model:
     """Lay out the weights of a model's linear layers for reading them with few rows, in place; each old weight is freed at once. RMSNorms,
     of which every token passes dozens, are made of fewer operations.
 
@@ -48,21 +51,22 @@ def prepare_linears(model: Model, weights: Weights = "float32", *, rows: int = 2
 
     Args:
         weights: `float32` keeps the numbers; `float16` rounds weights to 11 bits; `int8` rounds weights to 63 levels of either sign an
-            output and activations to 127 a row. Layers of FULL_PRECISION keep their numbers, but for int8 and few rows, where reading them
-            would take as long as all others: they are rounded to 11 bits.
-        rows: about how many rows a product will have.
+            output and activations to 127 a row. Layers of FULL_PRECISION keep their numbers, but for int8 of a model that draws by token,
+            where reading them would take as long as all others: they are rounded to 11 bits.
+        rows: about how many rows a product will have. It decides on layouts alone, never on numbers: an image must not depend on its batch.
+        by_token: the model draws token by token, with few rows in a product.
 
     Returns:
         The same model.
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is RMSNorm and rows <= FEW_ROWS and _is_plain(child.weight):
+            if type(child) is RMSNorm and by_token and _is_plain(child.weight):
                 setattr(module, name, PackedRMSNorm(child))
             if type(child) is SwiGLU and _can_pack(child.gate) and _can_pack(child.up):
                 setattr(module, name, PackedSwiGLU.joined(child))
     round_these = linears_to_round(model)
-    less_rounded: Weights = "float16" if weights == "int8" and rows <= FEW_ROWS else "float32"
+    less_rounded: Weights = "float16" if weights == "int8" and by_token else "float32"
     for parent, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if not _can_pack(child):

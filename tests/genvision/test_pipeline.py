@@ -361,6 +361,8 @@ class TestPrepare:
         with pytest.raises(UserError, match="cannot be moved"):
             pipeline.to("meta")
         assert pipeline.to("cpu") is pipeline
+        with pytest.raises(UserError, match="prepared already"):
+            pipeline.prepare("int8")
 
     def test_refuses_what_it_cannot_round(self, folder):
         with pytest.raises(UserError, match="weights 'int8' are made of float32 ones"):

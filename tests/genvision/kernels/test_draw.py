@@ -190,3 +190,10 @@ def test_the_kernel_compiles_ahead_of_time_without_spills():
     compiled = compile_ahead(cases)
     assert all(code.local == 0 and code.shared < 4096 for codes in compiled for code in codes)
     assert all(code.vector_loads > 0 for code in compiled[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}, {"temperature": 0.0}])
+def test_a_diverged_model_draws_some_token(options):
+    logits = torch.stack([torch.full((9,), torch.nan), torch.full((9,), -torch.inf), torch.randn(9)])
+    tokens = draw_tokens(logits, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), **options)
+    assert ((tokens >= 0) & (tokens < 9)).all()

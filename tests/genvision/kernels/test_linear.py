@@ -7,7 +7,8 @@ from genvision.kernels.linear import ACTIVATION_LEVELS, WEIGHT_LEVELS, choose_la
 
 
 @pytest.mark.parametrize(
-    ("weights", "rows", "tolerance"), [("float32", 1, 1e-6), ("float32", 4, 1e-6), ("float32", 8, 1e-6), ("float16", 2, 1e-3), ("int8", 2, 3e-2)]
+    ("weights", "rows", "tolerance"),
+    [("float32", 1, 1e-6), ("float32", 4, 1e-6), ("float32", 8, 1e-6), ("float16", 2, 1e-3), ("int8", 2, 3e-2)],
 )
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("num_outputs", [33, 7])

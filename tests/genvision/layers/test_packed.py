@@ -56,3 +56,23 @@ def test_other_dtypes_stay_and_what_decides_much_is_rounded_less():
 def test_a_packed_model_keeps_no_second_copy_of_its_weights():
     model = prepare_linears(LlamaGen(**SIZES).eval(), rows=2)
     assert {name.split(".")[-2] for name, _ in model.named_parameters()} == {"table", "token_embed"}
+
+
+@pytest.mark.parametrize("weights", ["float32", "float16", "int8"])
+def test_numbers_do_not_depend_on_how_many_rows_are_foreseen(weights):
+    for index in (0, 2):  # LlamaGen and RAR
+        codes, logits = torch.randint(0, 50, (2, 16)), []
+        for rows in (1, 8, 30, 1000):
+            model = prepare_linears(list(models())[index], weights, rows=rows)
+            logits.append(logits_by_cache(model, torch.tensor([0, 4]), codes))
+        for others in logits[1:]:
+            torch.testing.assert_close(others, logits[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_autocast_draws_with_packed_weights_too():
+    model = next(models())
+    prepare_linears(model, rows=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, cache = model.start(torch.tensor([0, 4]))
+        assert model.extend(torch.tensor([1, 2]), cache).isfinite().all()
