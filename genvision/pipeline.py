@@ -21,7 +21,7 @@ from genvision.images import Rounding, to_uint8
 from genvision.kernels.linear import Weights
 from genvision.layers.gpu_weights import quantize_on_gpu
 from genvision.layers.packed import prepare_linears
-from genvision.layers.packed_storage import DESCRIPTION, packed_layers, save_packed
+from genvision.layers.packed_storage import DESCRIPTION, TENSORS, packed_layers, save_packed
 from genvision.models.base import GENERATORS
 from genvision.samplers.base import SAMPLERS, Sampler
 from genvision.samplers.randomness import ImageStreams
@@ -91,7 +91,7 @@ class ImagePipeline:
                 raise UserError(f"{folder}: the {part} is missing; add it, for example with genvision import ... --out {folder}")
         generator = load_component(folder / "generator", GENERATORS, "generator")
         if torch_dtype is not None and torch_dtype != generator.dtype:
-            generator = generator.to(torch_dtype)
+            generator = torch.nn.Module.to(generator, torch_dtype)
         sampler = load_component(folder / "sampler", SAMPLERS, "sampler")
         names = index.get("id2label") or {str(i): str(i) for i in range(generator.num_classes)}
         if not isinstance(names, dict) or names.keys() != {str(i) for i in range(generator.num_classes)}:
@@ -149,6 +149,8 @@ class ImagePipeline:
     def _check_weights(self, weights: Weights, networks: Sequence[Any]) -> None:
         if self.sampler.config.get("nesting", "1") != "1":
             raise UserError(f"weights '{weights}' cannot be cut into smaller networks; leave out weights, or set nesting to 1")
+        if any(packed_layers(network) for network in networks):
+            raise UserError(f"weights '{weights}': these weights are ternary already; leave it out")
         if self.device.type != "cpu" and weights == "float16":
             raise UserError("weights 'float16' are for CPUs; on a GPU give --dtype bfloat16, or --weights int8")
         if self.device.type == "cpu" and any(next(network.parameters()).dtype != torch.float32 for network in networks):
@@ -289,9 +291,12 @@ def save_parts(folder: Path, parts: dict[str, Any], label_names: Sequence[str] |
         index = read_index(folder)
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module) and packed_layers(part):
+            for old in (folder / name).glob("diffusion_pytorch_model*"):
+                old.unlink()
             save_packed(part, folder / name)
         else:
-            (folder / name / DESCRIPTION).unlink(missing_ok=True)
+            for packed in (DESCRIPTION, TENSORS):
+                (folder / name / packed).unlink(missing_ok=True)
             part.save_pretrained(folder / name)
         index[name] = [type(part).__module__, type(part).__name__]
     if label_names is not None:

@@ -243,7 +243,7 @@ def load_component(folder: Path, registry: dict[str, str], kind: str) -> Any:
             module = getattr(defined_in, name).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise many types; whatever it is, these files cannot be used
         if isinstance(error, UserError):
-            raise
+            raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: the {kind} cannot be loaded, its files are damaged or incomplete: {reason}") from error
     if isinstance(module, torch.nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from genvision.bench.plan import ROWS
 from genvision.bench.row import Result, Spread
 from genvision.bench.store import Entry
 from genvision.errors import UserError
@@ -68,7 +69,7 @@ def format_page(entries: Sequence[Entry]) -> str:
         circumstances.setdefault((entry.day, entry.machine, entry.versions), []).append(entry)
     measured = []
     for (day, machine, versions), members in circumstances.items():
-        rows = "all rows" if len(circumstances) == 1 else ", ".join(entry.result.row for entry in members)
+        rows = "all rows" if len(members) == len(ROWS) else ", ".join(entry.result.row for entry in members)
         loads = [entry.load for entry in members]
         measured.append(f"Measured {day} ({rows}): {machine}; load {min(loads):.1f} to {max(loads):.1f}; {versions}.")
     return "\n".join([*lines, "", *notes, "", *measured])
@@ -89,7 +90,7 @@ def _table_row(result: Result) -> str:
 
 def _milliseconds(result: Result, *, unit_first: bool = False) -> str:
     numbers = " / ".join(_number(ms) for ms in (result.own_ms, result.peer_ms) if ms is not None)
-    return f"{result.unit}: {numbers}" if unit_first else f"{numbers} ms a {result.unit}"
+    return f"{result.unit}: {numbers}" if unit_first else f"{numbers} ms {'an' if result.unit[0] in 'aeiou' else 'a'} {result.unit}"
 
 
 def _number(milliseconds: float) -> str:

@@ -36,7 +36,7 @@ class Sizes:
 
 
 LONG = Sizes()
-QUICK = Sizes(rounds=1, import_rounds=9, warm=False)
+QUICK = Sizes(rounds=1, import_rounds=9)
 
 
 def measure(rows: Sequence[Row], sizes: Sizes) -> Iterator[Result]:

@@ -70,7 +70,10 @@ def read_entries(path: Path, form: Form) -> list[Entry]:
 
 def write_entries(path: Path, entries: Sequence[Entry]) -> None:
     document = {"format_version": FORMAT, "results": [_flat(entry) for entry in entries]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    from genvision.training.state import write_atomically  # which imports torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def _flat(entry: Entry) -> dict[str, Any]:

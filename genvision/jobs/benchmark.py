@@ -35,13 +35,17 @@ def run_benchmark(rows: str | None = None, *, quick: bool, long: bool, out: Path
     if page is not None:
         if form == "quick":
             raise UserError("--page: figures of the quick form are nothing to publish; add --long")
+        if rows is not None and out is None:
+            raise UserError("--page with some rows only: the table would lose the others; give --out FILE that holds them")
         marked_page(page, BENCHMARK)
-    chosen = chosen_rows(rows.split(",") if rows else [])
+    chosen = chosen_rows([name.strip() for name in rows.split(",")] if rows else [])
     entries: list[Entry] = read_entries(out, form) if out is not None else []
 
     import torch
 
     torch.set_num_threads(NUM_THREADS)
+    if out is not None:
+        write_entries(out, entries)  # a place that cannot be written is told now, not after the first row
     print(f"{FORMS[form]}\n{describe_machine()}; {machine_load()}\n{describe_versions()}\n", flush=True)
     wrong: list[str] = []
     for result in run(chosen, form):

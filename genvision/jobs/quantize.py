@@ -164,8 +164,12 @@ def _check_request(
             f"--out: {options.weights} weights are made when a model is loaded and stored nowhere; leave it out, and draw with "
             f"genvision sample --weights {options.weights}"
         )
+    if out is not None and out.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"{out}: lies within the model, which stays as it is; choose another --out")
     if out is not None:
         check_output(out)
+    if options.weights != "ternary" and (options.measure, options.scales) != ("mean", "row"):
+        raise UserError(f"--measure and --scales are for ternary weights, not for {options.weights}; leave them out")
     if memory and options.weights == "ternary" and out is None:
         raise UserError("--memory loads the folder with ternary weights; give --out, too")
     if json_file is not None and json_file.is_dir():

@@ -62,6 +62,9 @@ def load_packed(kind: Any, folder: Path) -> Any:
 
     names, packing = _read_description(folder / DESCRIPTION)
     state = load_file(folder / TENSORS)
+    floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(floats) > 1:
+        raise UserError(f"{folder / TENSORS}: holds floats of {len(floats)} types, where one is expected; write the folder again")
     with init_empty_weights(include_buffers=False):
         model = kind.from_config(kind.load_config(str(folder)))
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}

@@ -9,7 +9,7 @@ from genvision.errors import UserError
 from genvision.kernels.ternary_packing import Packing
 from genvision.layers.full_precision import is_meant, linears_to_round
 from genvision.layers.packed_ternary import PackedTernaryLinear
-from genvision.layers.ternary import Measure, TernaryLinear
+from genvision.layers.ternary import Measure, TernaryLinear, own_scale
 
 
 def ternarize_linears(
@@ -48,8 +48,22 @@ def ternarize_linears(
         if packed:
             replace(model, name, PackedTernaryLinear.of(layer, measure=measure, per_row=per_row, packing=packing))
         else:
-            replace(model, name, TernaryLinear.of(layer, measure=measure, per_row=per_row))
+            new = TernaryLinear.of(layer, measure=measure, per_row=per_row)
+            _keep_scale(new, name)
+            replace(model, name, new)
     return list(chosen)
+
+
+@torch.no_grad()
+def _keep_scale(layer: TernaryLinear, name: str) -> None:
+    """Enlarge weights that are ternary already, so that their own scale is measured: the zeros among them would make it smaller."""
+    own = own_scale(layer.weight)
+    if own is None:
+        return
+    if layer.measure != "mean":
+        raise UserError(f"ternary: the weights of {name} are ternary already, whose median may be 0; set measure to mean")
+    if layer.per_row or bool(((own == own.max()) | (own == 0)).all()):
+        layer.weight.mul_((own / layer.scale()).unsqueeze(1))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from genvision.errors import UserError
 from genvision.images import to_uint8
+from genvision.layers.ternarize import ternarize_linears
 from genvision.models.llamagen import LlamaGen
 from genvision.pipeline import ImagePipeline, read_index, save_parts
 from genvision.samplers.autoregressive import AutoregressiveSampler
@@ -375,3 +376,16 @@ class TestPrepare:
         pipeline.prepare("int8", batch_size=4)
         after = pipeline([3], output_type="pt").images
         assert 0 < (after - before).abs().max() < 0.2
+
+
+def test_packed_and_float_weights_replace_one_another_in_a_folder(pipeline, tmp_path):
+    packed = ImagePipeline(tiny_generator(), tiny_tokenizer(), AutoregressiveSampler(), LABELS)
+    ternarize_linears(packed.generator)
+    for first, second in ((pipeline, packed), (packed, pipeline)):
+        folder = tmp_path / type(first.generator.blocks[0].mlp.gate).__name__
+        first.save_pretrained(folder)
+        second.save_pretrained(folder)
+        assert content_hash(ImagePipeline.from_pretrained(folder).generator) == content_hash(second.generator)
+        assert len(list((folder / "generator").glob("*.safetensors"))) == 1
+    with pytest.raises(UserError, match="ternary already"):
+        packed.prepare("int8")

@@ -196,3 +196,17 @@ def test_layers_can_be_left_out():
         ternarize_linears(tiny("dit"), exclude=("blocks",))
     with pytest.raises(UserError, match="with activation_bits or bias_before_scale cannot be packed"):
         PackedTernaryLinear.of(layer(activation_bits=8))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_weights_that_are_ternary_already_stay_when_they_are_trained_on(per_row):
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 8))
+    ternarize_linears(model, per_row=per_row)
+    plain_linears(model)
+    before = [layer.weight.clone() for layer in model]
+    ternarize_linears(model, per_row=per_row, packed=False)
+    for layer, weight in zip(model, before, strict=True):
+        torch.testing.assert_close(layer.ternary_weight(), weight)
+    plain_linears(model)
+    with pytest.raises(UserError, match="set measure to mean"):
+        ternarize_linears(model, measure="median", packed=False)
