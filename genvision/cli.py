@@ -875,7 +875,7 @@ def presets(name: str | None = None) -> None:
 def benchmark(
     rows: str | None = None, *, quick: bool = False, long: bool = False, out: Path | None = None, page: Path | None = None
 ) -> None:
-    """Measure speed beside transformers, diffusers, torch-fidelity and cache-dit, row by row; what differs in its results is not timed.
+    """Measure speed beside transformers, diffusers, torch-fidelity and cache-dit; what gives other results is not timed.
 
     Args:
         rows: names of rows separated by commas, A1,A2m for example; docs/performance.md says which there are. All unless told.

@@ -5,6 +5,8 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton kernels are interpreted, on CPU tensors; this must be known before Triton is imported. `make test-gpu` says otherwise.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from collections.abc import Callable

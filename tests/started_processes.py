@@ -5,6 +5,7 @@ They are forks of this process, which has loaded torch already.
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -68,4 +69,5 @@ def _run_as(rank: int, num: int, port: int, words: Sequence[str], environment: d
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", **environment}
     AcceleratorState._reset_state(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal, even if the tests themselves run in the background
     main(list(words))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genvision.errors import UserError
-from genvision.kernels.backends import VARIABLE, Backend, forced_backend, needs_gradient, triton_runs
+from genvision.kernels.backends import VARIABLE, Backend, forced_backend, needs_gradient, triton_runs, under_autocast
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -48,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is
     backend: Backend = "sdpa"
     if forced is not None or q.is_cuda:  # elsewhere there is nothing to choose, and asking would take as long as a tenth of a tiny call
         # the compiler sees only operations of torch, and autocast changes only those
-        triton = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(q.device.type) and triton_runs(q.device)
+        triton = not torch.compiler.is_compiling() and not under_autocast(q.device) and triton_runs(q.device)
         backend = choose_backend(
             q.shape,
             k.shape,

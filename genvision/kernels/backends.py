@@ -49,7 +49,12 @@ def fuses(*tensors: Tensor | None) -> bool:
         return False
     if forced != "triton" and (forced is not None or not first.is_cuda):
         return False
-    return triton_runs(first.device) and not torch.is_autocast_enabled(first.device.type) and not needs_gradient(*tensors)
+    return triton_runs(first.device) and not under_autocast(first.device) and not needs_gradient(*tensors)
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast chooses the precision of operations on this device; on some, such as meta, there is none to ask about."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -27,13 +27,11 @@ from torch import Tensor
 
 Weights = Literal["float32", "float16", "int8"]
 """The numbers that weights are kept in; activations and sums stay float32, but for int8 activations have 8 bits a row."""
-Layout = Literal["as is", "inputs first", "onednn", "by columns", "float16", "int8", "int8 in float32"]
+Layout = Literal["as is", "inputs first", "onednn", "float16", "int8", "int8 in float32"]
 Product = Callable[[Tensor], Tensor]
 
 FEW_ROWS = 48
 """With more rows F.linear is about as fast as oneDNN's layout."""
-BY_COLUMNS = (8, 16, 24, 32)
-"""Numbers of rows that fill oneDNN's blocks of columns: W x^T with W as it is takes 0.8 to 0.95 of the time of its own layout then."""
 ACTIVATION_LEVELS = 127
 WEIGHT_LEVELS = 63
 """Without better instructions a CPU adds two products of bytes in 16 bits, and 2 * 63 * (127 + 128) is what fits. A sum is exact then,
@@ -89,10 +87,8 @@ def choose_layout(weights: Weights, rows: int, *, is_wide: bool = False) -> Layo
         return "float16"
     if rows == 1:
         return "as is" if is_wide else "inputs first"
-    if rows <= FEW_ROWS and has("onednn"):
-        return "by columns" if rows in BY_COLUMNS else "onednn"
     if rows <= FEW_ROWS:
-        return "inputs first"
+        return "onednn" if has("onednn") else "inputs first"
     return "as is"
 
 
@@ -136,18 +132,6 @@ def _onednn(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, max(rows, 2))
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: multiply(x, packed, bias, "none", [], "")
-
-
-def _by_columns(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-
-    def product(x: Tensor) -> Tensor:
-        if x.numel() == 0:
-            return F.linear(x, weight, bias)
-        out = multiply(weight, x.reshape(-1, x.shape[-1]), None, "none", [], "").t().contiguous()
-        return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
-
-    return product
 
 
 def _float16(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
@@ -201,7 +185,6 @@ def _int8_in_float32(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
 _PACKERS: dict[Layout, Callable[[Tensor, Tensor | None, int], Product]] = {
     "inputs first": _inputs_first,
     "onednn": _onednn,
-    "by columns": _by_columns,
     "float16": _float16,
     "int8": _int8,
     "int8 in float32": _int8_in_float32,

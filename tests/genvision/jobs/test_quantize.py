@@ -161,7 +161,7 @@ def test_nothing_is_written_above_the_limit(trained, tmp_path, capsys):
         ({"weights": "int8"}, {}, "nothing to do; give --check"),
         ({"weights": "int8"}, {"out": "out"}, "genvision sample --weights int8"),
         ({"weights": "ternary"}, {"memory": True}, "give --out, too"),
-        ({"weights": "ternary"}, {"out": "model"}, "already holds"),
+        ({"weights": "ternary"}, {"out": "model"}, "lies within the model"),
         ({"weights": "int4"}, {"check": True}, "'int4' is unknown"),
         ({"weights": "ternary", "num": 0}, {"check": True}, "num must be at least 1"),
         ({"weights": "ternary", "seed": -1}, {"check": True}, "seed -1"),

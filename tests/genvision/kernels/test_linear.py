@@ -68,7 +68,6 @@ def test_layouts_are_chosen_by_rows():
     assert choose_layout("float32", 1) == "inputs first"
     assert choose_layout("float32", 1, is_wide=True) == "as is"
     assert choose_layout("float32", 2) == choose_layout("float32", 48) == "onednn"
-    assert choose_layout("float32", 8) == choose_layout("float32", 16) == "by columns"
     assert choose_layout("float32", 49) == "as is"
     assert pack(torch.randn(4, 4), None, "float32", 256) is None
     assert choose_layout("int8", 4096) == "int8"
