@@ -879,7 +879,7 @@ def benchmark(
 
     Args:
         rows: names of rows separated by commas, A1,A2m for example; docs/performance.md says which there are. All unless told.
-        quick: few rounds of small work, two minutes in all; this is what is done unless told.
+        quick: few rounds of small work, two to three minutes in all; this is what is done unless told.
         long: at least 9 rounds of the full work, over an hour for all rows; figures to publish.
         out: JSON file of results, to which these are added.
         page: page with marked room for the table, docs/performance.md; with --long.
