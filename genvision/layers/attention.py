@@ -35,10 +35,6 @@ class KVCache:
         self.filled = 0
         self.place: Tensor | None = None  # `filled` on the device, where a captured step reads it: int32 [1]
 
-    @property
-    def rows(self) -> int:
-        return self.store.shape[1]
-
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, G, N, D] behind what is there; returns all keys and values so far, [B, G, M + N, D]."""
         end = self.filled + keys.shape[2]
